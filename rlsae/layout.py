@@ -1,0 +1,217 @@
+"""Where every artifact lies and which settings shape it: what the Snakemake rules, `status` and `orphans` agree on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlsae.config import Choice, Config, LocalModel, PretrainedModel, SameAs, Study
+from rlsae.errors import RlsaeError
+
+RESULTS = Path("results")
+SURVEY = "survey"
+PER_TOKENS = ("context_length", "drop_positions")
+"""Settings of a corpus that shape its tokens, not its documents."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One stage folder that a configuration names."""
+
+    stage: str
+    folder: Path
+    settings: dict[str, Any]
+    """What its manifest must hold as parameters."""
+
+
+def model_of(policy: str) -> str:
+    """Name of the base model of a policy: `tiny` of `tiny.ppo@12`."""
+    return policy.split(".")[0]
+
+
+def policy_folder(policy: str) -> Path:
+    """The artifact that holds a policy: of the base model, or of the tuning (for its checkpoints too)."""
+    return RESULTS / "policies" / policy.split("@")[0] if "." in policy else RESULTS / "models" / policy
+
+
+def weights_folder(policy: str) -> Path:
+    """The transformers folder of a policy."""
+    _, _, step = policy.partition("@")
+    return policy_folder(policy) / (f"checkpoints/{step}" if step else "model")
+
+
+def kind_of(layers: list[int]) -> str:
+    """Name of the dump that holds these layers: `layers-3-4`."""
+    return "layers-" + "-".join(str(layer) for layer in layers)
+
+
+def layers_of(kind: str) -> list[int] | None:
+    """The layers of a dump; None means all of them."""
+    return None if kind == SURVEY else [int(part) for part in kind.split("-")[1:]]
+
+
+class Layout:
+    """Paths and settings of everything that a configuration names."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    # --- settings of each stage, as passed to `rlsae <verb> --settings` and kept in the manifest --------------------
+
+    def corpus_settings(self, corpus: str) -> dict[str, Any]:
+        settings = self.config.corpora[corpus].settings()
+        return {key: value for key, value in settings.items() if key not in PER_TOKENS}
+
+    def model_settings(self, model: str) -> dict[str, Any]:
+        entry = self.config.models[model]
+        settings = entry.settings()
+        if isinstance(entry, PretrainedModel):
+            settings["context_length"] = self.config.corpora[entry.corpus].context_length
+        return settings
+
+    def policy_settings(self, tuning: str) -> dict[str, Any]:
+        entry = self.config.tunings[tuning]
+        return {"tuning": entry.settings(), "reward": self.config.rewards[entry.reward].settings()}
+
+    def token_settings(self, corpus: str) -> dict[str, Any]:
+        entry = self.config.corpora[corpus]
+        return {"seed": entry.seed, **{key: getattr(entry, key) for key in PER_TOKENS}}
+
+    def activation_settings(self, activation: str, kind: str) -> dict[str, Any]:
+        entry = self.config.activations[activation]
+        return {
+            "hook": entry.hook,
+            "layers": layers_of(kind),
+            "rows": entry.survey_rows if kind == SURVEY else entry.rows,
+            "rows_per_part": entry.rows_per_part,
+            "dtype": entry.dtype,
+        }
+
+    def divergence_settings(self, study: str) -> dict[str, Any]:
+        layers = self.config.studies[study].layers
+        return {"layers": layers.settings() if isinstance(layers, Choice | SameAs) else layers}
+
+    def dictionary_settings(self, dictionary: str) -> dict[str, Any]:
+        return self.config.dictionaries[dictionary].settings()
+
+    def comparison_settings(self, study: str) -> dict[str, Any]:
+        entry = self.config.studies[study]
+        return {"dictionaries": entry.dictionaries, "sizes": entry.sizes.settings() if entry.sizes else None}
+
+    def interpretation_settings(self, study: str) -> dict[str, Any]:
+        return self.config.studies[study].interpretation.settings()
+
+    # --- layers ---------------------------------------------------------------------------------------------------
+
+    def parts(self, activation: str, kind: str) -> int:
+        """Number of parts of a dump: it follows from the configuration alone, never from the machine."""
+        settings = self.activation_settings(activation, kind)
+        return math.ceil(settings["rows"] / settings["rows_per_part"])
+
+    def layer_source(self, study: str) -> str:
+        """The study whose choice of layers counts, `same_as` followed to its end."""
+        layers = self.config.studies[study].layers
+        return self.layer_source(layers.same_as) if isinstance(layers, SameAs) else study
+
+    def static_layers(self, study: str) -> list[int] | None:
+        """The layers of a study where the configuration alone tells them; None where they must be measured."""
+        entry = self.config.studies[self.layer_source(study)]
+        if isinstance(entry.layers, list):
+            return sorted(set(entry.layers))
+        if isinstance(entry.layers, Choice) and entry.layers.order in ("highest", "lowest"):
+            return None
+        count = self.layer_count(entry.model)
+        if count is None:
+            return None
+        if not isinstance(entry.layers, Choice):
+            return list(range(count))
+        return positional_layers(entry.layers, count)
+
+    def layer_count(self, model: str) -> int | None:
+        """Number of layers of a model where that is known before it is loaded."""
+        entry = self.config.models[model]
+        if isinstance(entry, PretrainedModel):
+            return entry.layers
+        if isinstance(entry, LocalModel):
+            return folder_layer_count(Path(entry.path))
+        return None
+
+    def chosen_layers(self, study: str) -> list[int] | None:
+        """The layers of a study, from the configuration or from `chosen.json`; None while they are not chosen."""
+        static = self.static_layers(study)
+        if static is not None:
+            return static
+        path = RESULTS / "divergence" / self.layer_source(study) / "chosen.json"
+        return json.loads(path.read_text())["layers"] if path.exists() else None
+
+    # --- artifacts ------------------------------------------------------------------------------------------------
+
+    def artifacts(self, study: str) -> Iterator[Artifact]:
+        """The artifacts of a study along the chain; those behind the choice of layers once it has been made."""
+        entry = self.config.studies[study]
+        tuning = entry.tuning.split("@")[0]
+        model = self.config.models[entry.model]
+        corpora = [entry.corpus, self.config.tunings[tuning].corpus]
+        if isinstance(model, PretrainedModel):
+            corpora.append(model.corpus)
+        for corpus in dict.fromkeys(corpora):
+            yield Artifact("corpora", RESULTS / "corpora" / corpus, self.corpus_settings(corpus))
+        yield Artifact("models", policy_folder(entry.base), self.model_settings(entry.model))
+        yield Artifact("policies", policy_folder(entry.tuned), self.policy_settings(tuning))
+        tokens = RESULTS / "tokens" / f"{entry.model}.{entry.corpus}"
+        yield Artifact("tokens", tokens, self.token_settings(entry.corpus))
+        for policy in (entry.base, entry.tuned):
+            yield self._activations(entry, policy, SURVEY)
+        yield Artifact("divergence", RESULTS / "divergence" / study, self.divergence_settings(study))
+        layers = self.chosen_layers(study)
+        if layers is None:
+            return
+        for policy in (entry.base, entry.tuned):
+            yield self._activations(entry, policy, kind_of(layers))
+            for layer in layers:
+                for dictionary in entry.dictionaries:
+                    folder = self.dictionary_folder(policy, entry, kind_of(layers), layer, dictionary)
+                    yield Artifact("dictionaries", folder, self.dictionary_settings(dictionary))
+        yield Artifact("comparison", RESULTS / "comparison" / study, self.comparison_settings(study))
+        yield Artifact("interpretation", RESULTS / "interpretation" / study, self.interpretation_settings(study))
+        yield Artifact("reports", RESULTS / "reports" / study, {})
+
+    def _activations(self, study: Study, policy: str, kind: str) -> Artifact:
+        folder = RESULTS / "activations" / f"{policy}.{study.corpus}" / study.activation / kind
+        return Artifact("activations", folder, self.activation_settings(study.activation, kind))
+
+    @staticmethod
+    def dictionary_folder(policy: str, study: Study, kind: str, layer: int, dictionary: str) -> Path:
+        """Folder of the dictionaries of one policy × layer × recipe."""
+        return RESULTS / "dictionaries" / f"{policy}.{study.corpus}" / study.activation / kind / f"layer{layer}" / dictionary
+
+
+def positional_layers(choice: Choice, count: int) -> list[int]:
+    """The first or last layers of a model with `count` layers.
+
+    Raises:
+        RlsaeError: it has fewer than asked.
+    """
+    if choice.count > count:
+        raise RlsaeError(f"layers.count: {choice.count} layers are asked for, the model has {count}")
+    return list(range(choice.count)) if choice.order == "first" else list(range(count - choice.count, count))
+
+
+def folder_layer_count(folder: Path) -> int:
+    """Number of layers of a transformers folder.
+
+    Raises:
+        RlsaeError: the folder has no readable config.json.
+    """
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise RlsaeError(f"{folder} is no transformers model: it has no readable config.json") from None
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        if key in content:
+            return int(content[key])
+    raise RlsaeError(f"{folder / 'config.json'} does not say how many layers the model has")

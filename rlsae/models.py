@@ -1,0 +1,177 @@
+"""Causal language models: load one from a folder, publish a base model, find its layers by structure.
+
+The artifact is `model/`: a folder that `transformers` loads, with its tokenizer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from rlsae.config import AnyModel, HubModel, LocalModel, PretrainedModel
+from rlsae.errors import RlsaeError
+from rlsae.resumable import Stage
+
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+Hook = Literal["mlp", "attention", "block"]
+
+
+def build_model(
+    entry: AnyModel, settings: dict[str, Any], out: Path, work: Path | None, source: Path | None, corpus: Path | None
+) -> None:
+    """Stage `models`: publish a base model as a transformers folder.
+
+    Args:
+        entry: pretrain it here, copy a local folder, or take it from the hub.
+        settings: what the manifest records.
+        source: folder of a local model.
+        corpus: corpus artifact of a pretrained model.
+    """
+    inputs = {"corpus": corpus} if corpus else {"model": source} if source else {}
+    with Stage("models", out, settings, inputs, work) as stage:
+        if isinstance(entry, PretrainedModel):
+            from rlsae.pretrain import pretrain
+
+            assert corpus is not None
+            model, tokenizer, metrics = pretrain(entry, settings["context_length"], corpus, stage)
+        else:
+            model, tokenizer = _existing(entry, source)
+            metrics = {}
+        check_tokenizer(model, tokenizer)
+        save(model, tokenizer, stage.staging / "model")
+        parameters = sum(p.numel() for p in model.parameters())
+        stage.publish({"parameters": parameters, "layers": len(blocks(model)), "channels": width(model), **metrics})
+
+
+def load(folder: Path, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in float32 without dropout, and its tokenizer, from a transformers folder.
+
+    Raises:
+        RlsaeError: the folder is no such model, or its weights lack a part of it.
+    """
+    if not (folder / "config.json").exists():
+        raise RlsaeError(f"{folder} is no transformers model: it has no config.json")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise RlsaeError(f"transformers cannot load {folder}: {error}") from None
+    if report["missing_keys"]:
+        raise RlsaeError(f"{folder}: the weights lack {sorted(report['missing_keys'])}; this is not the model of its config.json")
+    return model.to(device).eval(), tokenizer
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a transformers folder (safetensors)."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _existing(entry: LocalModel | HubModel, source: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if isinstance(entry, LocalModel):
+        assert source is not None
+        return load(source)
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(entry.repository, revision=entry.revision, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(entry.repository, revision=entry.revision)
+    except (OSError, ValueError) as error:
+        raise RlsaeError(
+            f"cannot load {entry.repository} at revision {entry.revision} from the hub"
+            f"{' (HF_HUB_OFFLINE is set)' if offline else ''}: {error}\n"
+            "Offline? Download it first where there is a network: "
+            f"hf download {entry.repository} --revision {entry.revision}; or copy it and use `source: path`"
+        ) from None
+    return model.eval(), tokenizer
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+        RlsaeError: the tokenizer can produce ids that the model has no embedding for, or has no end-of-text token.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise RlsaeError(f"the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}: they do not belong together")
+    if tokenizer.eos_token_id is None:
+        raise RlsaeError("the tokenizer has no end-of-text token (eos_token); set one in its tokenizer_config.json")
+
+
+# --- layers, found by structure ----------------------------------------------------------------------------------
+
+
+def width(model: PreTrainedModel) -> int:
+    """Channels of the residual stream."""
+    return int(model.get_input_embeddings().weight.shape[1])
+
+
+def context_limit(model: PreTrainedModel) -> int:
+    """Longest sequence that the model takes."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 2**31))
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of transformer blocks: the module list as long as the model has layers."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and _has_matrix(module[0]):
+            return module
+    raise RlsaeError(f"{type(model).__name__}: found no list of {count} transformer blocks")
+
+
+def component(block: nn.Module, hook: Hook) -> nn.Module:
+    """A block itself, its attention or its MLP.
+
+    Both halves have weight matrices; an MLP's forward takes the hidden states alone, an attention's takes more.
+    """
+    if hook == "block":
+        return block
+    halves = [child for child in block.children() if _has_matrix(child)]
+    mlps = [half for half in halves if len(inspect.signature(half.forward).parameters) == 1]
+    found = mlps if hook == "mlp" else [half for half in halves if half not in mlps]
+    if len(found) != 1:
+        raise RlsaeError(f"{type(block).__name__}: expected one {hook}, found {len(found)}; children: {dict(block.named_children())}")
+    return found[0]
+
+
+def module_path(model: PreTrainedModel, layer: int, hook: Hook) -> str:
+    """Dotted name of a hooked module, as SAELens records it: `gpt_neox.layers.3.mlp`."""
+    target = component(blocks(model)[layer], hook)
+    return next(name for name, module in model.named_modules() if module is target)
+
+
+def output_tensor(output: Any) -> Tensor:
+    """The hidden states in a module's output, which is a tensor or a tuple that starts with it."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def replace_output(model: PreTrainedModel, layer: int, hook: Hook, function: Any) -> Iterator[None]:
+    """Within the context a module's output acts_BTD is replaced by `function(acts_BTD)`."""
+
+    def edit(module: nn.Module, arguments: Any, output: Any) -> Any:
+        replaced = function(output_tensor(output))
+        return replaced if isinstance(output, Tensor) else (replaced, *output[1:])
+
+    handle = component(blocks(model)[layer], hook).register_forward_hook(edit)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.dim() == 2 for parameter in module.parameters())

@@ -1,0 +1,185 @@
+"""How every stage survives a kill: a private work folder, its fingerprint and lock, and publication in one go.
+
+Snakemake deletes the outputs of a job that fails, so partial state lives in an undeclared folder under `results/.work`.
+A stage that starts finds there either nothing, or its own earlier state (same fingerprint: it continues), or the state
+of other settings (it is wiped). Outputs are built in the work folder too and moved into place at the end, manifest last.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Self
+
+from rlsae.artifacts import MANIFEST, PROVENANCE, Manifest, canonical_json, digest, input_digests, provenance, text_digest
+from rlsae.artifacts import write_atomically as write
+from rlsae.errors import RlsaeError
+from rlsae.progress import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOCK = "lock"
+FINGERPRINT = "fingerprint.json"
+
+
+class Stage:
+    """One run of one stage: `with Stage(...) as stage: ...; stage.publish(metrics)`.
+
+    Args:
+        name: stage as named in manifests (`corpora`, `models`, ...).
+        out: folder of the artifact.
+        parameters: settings that shape the artifact, as plain JSON values without paths.
+        inputs: label → artifact folder or file that it is made from.
+        work: private folder for partial state; beside `out` by default.
+        state_version: raise it when a stage changes the meaning of its partial state.
+
+    Raises:
+        RlsaeError: an input is missing, or another process works on the same artifact.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        out: Path,
+        parameters: dict[str, Any],
+        inputs: dict[str, Path],
+        work: Path | None = None,
+        state_version: int = 1,
+    ) -> None:
+        self.name, self.out, self.parameters = name, out, parameters
+        self.inputs = input_digests(inputs)
+        self.work = work or out.parent / f".{out.name}.work"
+        self.fingerprint = fingerprint(name, parameters, self.inputs, state_version)
+        self.details: dict[str, Any] = {}
+        """Goes to provenance.json."""
+
+    def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        self._lock = hold(self.work / LOCK)
+        claim(self.work, self.fingerprint)
+        self.staging = self.work / "outputs"
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.staging.mkdir()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.close()
+
+    def save_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Replace the partial state in one go."""
+        from safetensors.torch import save_file
+
+        temporary = self.work / "state.partial"
+        contiguous = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"values": json.dumps(values)})
+        temporary.replace(self.work / "state.safetensors")
+
+    def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The state of an earlier, unfinished run with the same fingerprint, if there is one."""
+        from safetensors import safe_open
+
+        path = self.work / "state.safetensors"
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return tensors, json.loads(file.metadata()["values"])
+
+    def publish(self, metrics: dict[str, Any]) -> None:
+        """Move everything staged into the artifact's folder, the manifest last, and delete the work folder.
+
+        Raises:
+            RlsaeError: the folder cannot be written.
+        """
+        outputs = {path.name: digest(path) for path in sorted(self.staging.iterdir())}
+        manifest = Manifest(self.name, self.parameters, self.inputs, outputs, metrics)
+        text = manifest.to_json()
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / MANIFEST).unlink(missing_ok=True)
+        for name in outputs:
+            _remove(self.out / name)
+            (self.staging / name).replace(self.out / name)
+        seconds = time.monotonic() - self._started
+        write(self.out / PROVENANCE, json.dumps(provenance(seconds, self.details), indent=1) + "\n")
+        write(self.out / MANIFEST, text)
+        shutil.rmtree(self.work)
+        say(f"{self.name}: wrote {self.out} in {seconds:.1f} s")
+
+
+def fingerprint(stage: str, parameters: dict[str, Any], inputs: dict[str, str], state_version: int) -> str:
+    """Identifies the work: equal fingerprints may continue each other's partial state."""
+    return text_digest(canonical_json([stage, parameters, inputs, state_version]))
+
+
+def claim(work: Path, mark: str) -> None:
+    """Make the work folder ours: keep the state of the same fingerprint, wipe any other. Call with the lock held."""
+    path = work / FINGERPRINT
+    if path.exists() and json.loads(path.read_text()) == mark:
+        say(f"continuing the partial state in {work}")
+        return
+    stale = [p for p in work.iterdir() if not p.name.endswith(LOCK)]
+    if stale:
+        say(f"wiping {work}: its partial state was made with other settings or inputs")
+    for entry in stale:
+        _remove(entry)
+    write(path, json.dumps(mark))
+
+
+def hold(path: Path, *, shared: bool = False) -> IO[str]:
+    """Lock a file until it is closed or the process dies, and write who holds it.
+
+    Raises:
+        RlsaeError: another process holds it: names its host, pid and start.
+    """
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise RlsaeError(f"cannot write {path.parent}: {error.strerror}") from None
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "a process that is just starting"
+            file.close()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RlsaeError(f"cannot lock {path}: {error.strerror}") from None
+            raise RlsaeError(f"{path.parent} is in use by {holder}; wait for it, or stop it first") from None
+        try:
+            same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except FileNotFoundError:
+            same = False
+        if same:
+            break
+        file.close()  # the holder finished and removed its folder between our open and our lock
+    if not shared:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}, started {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
+        file.flush()
+    return file
+
+
+@contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Lock a file for a moment, waiting for whoever holds it."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

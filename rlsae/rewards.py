@@ -1,0 +1,106 @@
+"""Rewards: a number for each response, computed from texts alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from rlsae.config import AnyReward, LexiconReward
+from rlsae.errors import RlsaeError
+
+WORD = re.compile(r"[a-z]+(?:'[a-z]+)*")
+
+
+class Reward(Protocol):
+    """Scores responses to prompts, one number each."""
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]: ...
+
+
+class Lexicon:
+    """R(text) = clip(scale · Σ polarity(word), ± clip), words lower-cased, unknown ones 0 (arXiv 2310.08164 section 3.1)."""
+
+    def __init__(self, entry: LexiconReward, path: Path | None = None) -> None:
+        self.entry = entry
+        self.polarity = read_lexicon(path) if path else vader_lexicon()
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        if self.entry.scope == "full":
+            responses = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        return [self.score(text) for text in responses]
+
+    def score(self, text: str) -> float:
+        total = sum(self.polarity.get(word, 0.0) for word in WORD.findall(text.lower()))
+        return max(-self.entry.clip, min(self.entry.clip, self.entry.scale * total))
+
+
+class Checked:
+    """A user's function, with what it returns checked."""
+
+    def __init__(self, function: Callable[[list[str], list[str]], Sequence[float]], name: str) -> None:
+        self.function, self.name = function, name
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        try:
+            scores = list(self.function(list(prompts), list(responses)))
+        except Exception as error:
+            raise RlsaeError(f"the reward {self.name} failed: {type(error).__name__}: {error}; first sample: {responses[0]!r}") from error
+        if len(scores) != len(responses):
+            raise RlsaeError(f"the reward {self.name} returned {len(scores)} numbers for {len(responses)} responses")
+        for score, prompt, response in zip(scores, prompts, responses, strict=True):
+            if not isinstance(score, int | float) or not math.isfinite(score):
+                raise RlsaeError(f"the reward {self.name} returned {score!r} for prompt {prompt!r}, response {response!r}")
+        return [float(score) for score in scores]
+
+
+def load_reward(entry: AnyReward, path: Path | None = None) -> Reward:
+    """The reward of a configuration entry; `path` is its file where it has one."""
+    if isinstance(entry, LexiconReward):
+        return Lexicon(entry, path)
+    assert path is not None
+    return Checked(_load_function(path, entry.function), f"{path}:{entry.function}")
+
+
+def vader_lexicon() -> dict[str, float]:
+    """Mean valence of VADER's words in [-4, 4] (Hutto and Gilbert 2014)."""
+    import vaderSentiment
+
+    return read_lexicon(Path(vaderSentiment.__file__).parent / "vader_lexicon.txt")
+
+
+def read_lexicon(path: Path) -> dict[str, float]:
+    """Word → polarity of a tab-separated file; further columns are ignored.
+
+    Raises:
+        RlsaeError: names the first line that is not `word<TAB>number`.
+    """
+    polarity = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            word, value = line.split("\t")[:2]
+            polarity[word.lower()] = float(value)
+        except ValueError:
+            raise RlsaeError(f"{path}, line {number}: expected word<TAB>polarity, found {line!r:.60}") from None
+    if not polarity:
+        raise RlsaeError(f"{path} holds no words")
+    return polarity
+
+
+def _load_function(path: Path, name: str) -> Callable[[list[str], list[str]], Sequence[float]]:
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    if specification is None or specification.loader is None:
+        raise RlsaeError(f"{path}: expected a Python file")
+    module = importlib.util.module_from_spec(specification)
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        raise RlsaeError(f"the reward file {path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, name, None)):
+        raise RlsaeError(f"{path} defines no function {name!r}; set rewards.*.function")
+    return getattr(module, name)
