@@ -24,7 +24,18 @@ from rlsae.errors import RlsaeError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
-LIBRARIES = ["torch", "transformers", "trl", "tokenizers", "zarr", "numcodecs", "numpy", "pandas", "scikit-learn", "scipy"]
+LIBRARIES = [
+    "torch",
+    "transformers",
+    "trl",
+    "tokenizers",
+    "zarr",
+    "numcodecs",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+    "scipy",
+]
 
 
 def canonical_json(value: Any) -> str:

@@ -217,10 +217,12 @@ class Activation(Entry):
 class Dictionary(Entry):
     architecture: Literal["tied_relu"] = Field("tied_relu", description="File of rlsae/sae/ that defines it.")
     expansion: Annotated[float, Field(gt=0)] = Field(1.0, description="Latents per channel.")
-    l1: Annotated[float, Field(ge=0)] = Field(1e-3, description="Weight of the L1 norm beside the mean-square error.")
+    l1: Annotated[float, Field(ge=0)] = Field(
+        1e-2, description="Weight of the L1 norm beside the mean-square error per channel."
+    )
     normalize: bool = Field(True, description="Centre and scale rows by the store's statistics; folded on export.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="Peak learning rate of Adam.")
-    epochs: Positive = Field(3, description="Passes over the training rows.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-3, description="Peak learning rate of Adam.")
+    epochs: Positive = Field(4, description="Passes over the training rows.")
     batch_rows: Positive = Field(1024, description="Rows per optimizer step.")
     warmup_share: Share = Field(0.05, description="Share of the run with rising learning rate.")
     decay_share: Share = Field(0.2, description="Share of the run, at its end, with falling learning rate.")

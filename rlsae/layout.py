@@ -81,9 +81,11 @@ class Layout:
         entry = self.config.corpora[corpus]
         return {"seed": entry.seed, **{key: getattr(entry, key) for key in PER_TOKENS}}
 
-    def activation_settings(self, activation: str, kind: str) -> dict[str, Any]:
+    def activation_settings(self, activation: str, kind: str, policy: str) -> dict[str, Any]:
         entry = self.config.activations[activation]
+        _, _, step = policy.partition("@")
         return {
+            "checkpoint": int(step) if step else None,
             "hook": entry.hook,
             "layers": layers_of(kind),
             "rows": entry.survey_rows if kind == SURVEY else entry.rows,
@@ -109,8 +111,8 @@ class Layout:
 
     def parts(self, activation: str, kind: str) -> int:
         """Number of parts of a dump: it follows from the configuration alone, never from the machine."""
-        settings = self.activation_settings(activation, kind)
-        return math.ceil(settings["rows"] / settings["rows_per_part"])
+        entry = self.config.activations[activation]
+        return math.ceil((entry.survey_rows if kind == SURVEY else entry.rows) / entry.rows_per_part)
 
     def layer_source(self, study: str) -> str:
         """The study whose choice of layers counts, `same_as` followed to its end."""
@@ -182,7 +184,7 @@ class Layout:
 
     def _activations(self, study: Study, policy: str, kind: str) -> Artifact:
         folder = RESULTS / "activations" / f"{policy}.{study.corpus}" / study.activation / kind
-        return Artifact("activations", folder, self.activation_settings(study.activation, kind))
+        return Artifact("activations", folder, self.activation_settings(study.activation, kind, policy))
 
     @staticmethod
     def dictionary_folder(policy: str, study: Study, kind: str, layer: int, dictionary: str) -> Path:

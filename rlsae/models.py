@@ -70,7 +70,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[PreTrainedMo
     except (OSError, ValueError, KeyError) as error:
         raise RlsaeError(f"transformers cannot load {folder}: {error}") from None
     if report["missing_keys"]:
-        raise RlsaeError(f"{folder}: the weights lack {sorted(report['missing_keys'])}; this is not the model of its config.json")
+        raise RlsaeError(
+            f"{folder}: the weights lack {sorted(report['missing_keys'])}; this is not the model of its config.json"
+        )
     return model.to(device).eval(), tokenizer
 
 
@@ -143,7 +145,9 @@ def component(block: nn.Module, hook: Hook) -> nn.Module:
     mlps = [half for half in halves if len(inspect.signature(half.forward).parameters) == 1]
     found = mlps if hook == "mlp" else [half for half in halves if half not in mlps]
     if len(found) != 1:
-        raise RlsaeError(f"{type(block).__name__}: expected one {hook}, found {len(found)}; children: {dict(block.named_children())}")
+        raise RlsaeError(
+            f"{type(block).__name__}: expected one {hook}, found {len(found)}; children: {dict(block.named_children())}"
+        )
     return found[0]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from rlsae.config import PretrainedModel
@@ -20,7 +20,6 @@ from rlsae.resumable import Stage
 from rlsae.training import load_optimizer, optimizer_tensors, set_learning_rate, warmup_cosine
 
 END = "<|endoftext|>"
-SAVE_EVERY = 50
 WARMUP_SHARE = 0.05
 
 
@@ -56,7 +55,9 @@ def pretrain(
         )
     )
     peak = entry.learning_rate
-    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "peak_lr": peak}], lr=peak, weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": list(model.parameters()), "peak_lr": peak}], lr=peak, weight_decay=0.1, fused=True
+    )
     losses: list[float] = []
     if (state := stage.load_state()) is not None:
         tensors, values = state
@@ -77,7 +78,7 @@ def pretrain(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         progress.update(loss=losses[-1])
-        if (step + 1) % SAVE_EVERY == 0:
+        if stage.due():
             weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
             stage.save_state(weights | optimizer_tensors(optimizer), {"losses": losses})
     model.eval()

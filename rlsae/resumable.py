@@ -20,7 +20,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from rlsae.artifacts import MANIFEST, PROVENANCE, Manifest, canonical_json, digest, input_digests, provenance, text_digest
+from rlsae.artifacts import (
+    MANIFEST,
+    PROVENANCE,
+    Manifest,
+    canonical_json,
+    digest,
+    input_digests,
+    provenance,
+    text_digest,
+)
 from rlsae.artifacts import write_atomically as write
 from rlsae.errors import RlsaeError
 from rlsae.progress import say
@@ -30,6 +39,8 @@ if TYPE_CHECKING:
 
 LOCK = "lock"
 FINGERPRINT = "fingerprint.json"
+SAVE_SECONDS = 60.0
+"""Time between two partial states; `RLSAE_SAVE_SECONDS` overrides. It changes no result."""
 
 
 class Stage:
@@ -64,7 +75,7 @@ class Stage:
         """Goes to provenance.json."""
 
     def __enter__(self) -> Self:
-        self._started = time.monotonic()
+        self._started = self._saved = time.monotonic()
         self._lock = hold(self.work / LOCK)
         claim(self.work, self.fingerprint)
         self.staging = self.work / "outputs"
@@ -74,6 +85,14 @@ class Stage:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.close()
+
+    def due(self) -> bool:
+        """Whether it is time for a partial state; resets the clock when it is."""
+        now = time.monotonic()
+        if now - self._saved < float(os.environ.get("RLSAE_SAVE_SECONDS", SAVE_SECONDS)):
+            return False
+        self._saved = now
+        return True
 
     def save_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Replace the partial state in one go."""
@@ -92,6 +111,7 @@ class Stage:
         if not path.exists():
             return None
         with safe_open(path, framework="pt") as file:
+            say(f"{self.name}: continuing from the partial state in {self.work}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             return tensors, json.loads(file.metadata()["values"])
 
@@ -125,7 +145,6 @@ def claim(work: Path, mark: str) -> None:
     """Make the work folder ours: keep the state of the same fingerprint, wipe any other. Call with the lock held."""
     path = work / FINGERPRINT
     if path.exists() and json.loads(path.read_text()) == mark:
-        say(f"continuing the partial state in {work}")
         return
     stale = [p for p in work.iterdir() if not p.name.endswith(LOCK)]
     if stale:

@@ -48,7 +48,9 @@ class Checked:
         try:
             scores = list(self.function(list(prompts), list(responses)))
         except Exception as error:
-            raise RlsaeError(f"the reward {self.name} failed: {type(error).__name__}: {error}; first sample: {responses[0]!r}") from error
+            raise RlsaeError(
+                f"the reward {self.name} failed: {type(error).__name__}: {error}; first sample: {responses[0]!r}"
+            ) from error
         if len(scores) != len(responses):
             raise RlsaeError(f"the reward {self.name} returned {len(scores)} numbers for {len(responses)} responses")
         for score, prompt, response in zip(scores, prompts, responses, strict=True):

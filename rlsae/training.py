@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,3 +48,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Scale each group's peak learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+
+
+def joint_seed(*parts: int) -> int:
+    """One seed for torch from several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])

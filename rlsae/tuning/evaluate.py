@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlsae.config import PPOTuning
 from rlsae.rewards import Reward
 from rlsae.statistics import bootstrap_ci95
+from rlsae.training import joint_seed
 from rlsae.tuning.rollout import Prompts, Rollout, generate, next_token_logp, taken
 
 BATCH = 64
@@ -56,7 +57,11 @@ def evaluate(
         }
         if role == "tuned":
             kl = torch.cat([r["kl_B"] for r in rows]).double()
-            metrics |= {"kl": kl.mean().item(), "kl_ci95": bootstrap_ci95(kl.numpy()), "kl_per_token": (kl.sum() / lengths.sum()).item()}
+            metrics |= {
+                "kl": kl.mean().item(),
+                "kl_ci95": bootstrap_ci95(kl.numpy()),
+                "kl_per_token": (kl.sum() / lengths.sum()).item(),
+            }
     gain = columns["reward_tuned"] - columns["reward_base"]
     metrics |= {"reward_gain": float(gain.mean()), "reward_gain_ci95": bootstrap_ci95(gain)}
     metrics |= {f"reward_{role}_ci95": bootstrap_ci95(columns[f"reward_{role}"]) for role in ("base", "tuned")}
@@ -75,7 +80,7 @@ def _respond(
 ) -> dict[str, Any]:
     """Responses to one batch of prompts and what is measured on them."""
     rows = slice(start, start + BATCH)
-    rollout = generate(model, tokenizer, queries[rows], limits[rows], seed=hash_seed(seed, start))
+    rollout = generate(model, tokenizer, queries[rows], limits[rows], seed=joint_seed(seed, start))
     base_logp_BRV = next_token_logp(base, rollout)
     logp_BRV = next_token_logp(model, rollout)
     kl_BR = (logp_BRV.exp() * (logp_BRV - base_logp_BRV)).sum(-1) * rollout.response_mask_BR
@@ -99,8 +104,3 @@ def distinct_bigrams(texts: list[str]) -> float:
     """Distinct bigrams of words over all bigrams (Li et al. 2016, arXiv 1510.03055); nan without any."""
     bigrams = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
     return len(set(bigrams)) / len(bigrams) if bigrams else float("nan")
-
-
-def hash_seed(*parts: int) -> int:
-    """A seed for torch from several numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])

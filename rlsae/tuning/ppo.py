@@ -29,8 +29,6 @@ from rlsae.rewards import Reward
 from rlsae.training import load_optimizer, optimizer_tensors, set_learning_rate, warmup_linear
 from rlsae.tuning.rollout import PolicyWithValue, Prompts, Rollout, generate, next_token_logp, taken
 
-SAVE_EVERY = 4
-"""Rollout batches between two partial states."""
 SCORING_BATCH = 64
 """Responses whose logits are held at once outside the update."""
 
@@ -75,7 +73,9 @@ def tune(
         logp_BR, base_logp_BR, values_BR = score(policy, base, rollout)
         kl_BR = logp_BR - base_logp_BR
         rewards_BR = token_rewards(scores_B, kl_BR, rollout, kl_coefficient)
-        advantages_BR, returns_BR = advantages(rewards_BR, values_BR, rollout.response_mask_BR, entry.discount, entry.gae_lambda)
+        advantages_BR, returns_BR = advantages(
+            rewards_BR, values_BR, rollout.response_mask_BR, entry.discount, entry.gae_lambda
+        )
 
         factor = warmup_linear(batch, entry.warmup_batches, entry.batches)
         set_learning_rate(optimizer, factor)
@@ -129,7 +129,9 @@ def token_rewards(scores_B: Tensor, kl_BR: Tensor, rollout: Rollout, kl_coeffici
     return rewards_BR.scatter_add(1, last_B1, scores_B[:, None].to(rewards_BR.dtype))
 
 
-def advantages(rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, discount: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+def advantages(
+    rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, discount: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
     """Equation (2): whitened advantages and returns, both 0 behind the end of a response."""
     result_BR = torch.zeros_like(rewards_BR)
     running_B = torch.zeros_like(rewards_BR[:, 0])
@@ -196,7 +198,7 @@ def _keep(
         save(policy.lm, tokenizer, folder)
         if not folder.with_suffix("").exists():
             folder.rename(folder.with_suffix(""))
-    if done % SAVE_EVERY == 0 and done < entry.batches:
+    if stage.due():
         weights = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
         values: dict[str, Any] = {"history": history, "kl_coefficient": kl_coefficient}
         stage.save_state(weights | optimizer_tensors(optimizer), values)

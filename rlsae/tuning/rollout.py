@@ -47,11 +47,11 @@ class Rollout:
         return len(self.prompts)
 
     @property
-    def response_ids_BR(self) -> Tensor:  # noqa: N802
+    def response_ids_BR(self) -> Tensor:
         return self.ids_BT[:, self.prompt_mask_BQ.shape[1] :]
 
     @property
-    def lengths_B(self) -> Tensor:  # noqa: N802
+    def lengths_B(self) -> Tensor:
         return self.response_mask_BR.sum(1)
 
 
@@ -139,7 +139,8 @@ def generate(
         response_mask_BR,
         tokenizer.batch_decode(prompts, skip_special_tokens=True),
         tokenizer.batch_decode(
-            [ids[mask].tolist() for ids, mask in zip(response_BR, response_mask_BR, strict=True)], skip_special_tokens=True
+            [ids[mask].tolist() for ids, mask in zip(response_BR, response_mask_BR, strict=True)],
+            skip_special_tokens=True,
         ),
     )
 

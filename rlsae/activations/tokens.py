@@ -1,0 +1,102 @@
+"""Stage `tokens`: a corpus through a model's tokenizer, once, shared by the base and every policy tuned from it.
+
+`tokens.zarr` is a group of `token` int32 [token], `start` int64 [document + 1] (token range of each document) and, per
+document, `document` int32 (its number in the corpus) and `held_out` bool. Documents are shuffled by the corpus's seed, so
+that any range of rows is a random sample of documents.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import zarr
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoTokenizer
+
+from rlsae.corpora import DOCUMENTS
+from rlsae.errors import RlsaeError
+from rlsae.resumable import Stage
+
+STORE = "store/tokens.zarr"
+
+
+def build_tokens(settings: dict[str, Any], out: Path, work: Path | None, model: Path, corpus: Path) -> None:
+    """Tokenise a corpus.
+
+    Args:
+        settings: `seed`, `context_length` (tokens) and `drop_positions` of the corpus.
+        model: artifact of the base model, whose tokenizer is used.
+        corpus: corpus artifact.
+    """
+    length, drop = settings["context_length"], settings["drop_positions"]
+    with Stage("tokens", out, settings, {"model": model, "corpus": corpus}, work) as stage:
+        limit = getattr(AutoConfig.from_pretrained(model / "model").get_text_config(), "max_position_embeddings", length)
+        if length > limit:
+            raise RlsaeError(f"context_length: {length} tokens, the model's context holds {limit}")
+        tokenizer = AutoTokenizer.from_pretrained(model / "model", local_files_only=True)
+        documents = pd.read_parquet(corpus / DOCUMENTS)
+        documents = documents.iloc[np.random.default_rng(settings["seed"]).permutation(len(documents))]
+        encoded = tokenizer(documents.text.tolist(), truncation=True, max_length=length)["input_ids"]
+        lengths = np.array([len(ids) for ids in encoded])
+        if (lengths <= drop).all():
+            raise RlsaeError(f"drop_positions: no document has more than {drop} tokens; lower it")
+
+        group = zarr.create_group(stage.staging / STORE, attributes={"schema": 1, **settings})
+        write_vector(group, "token", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]), "token")
+        write_vector(group, "start", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), "document_edge")
+        write_vector(group, "document", documents.document.to_numpy(np.int32), "document")
+        write_vector(group, "held_out", documents.held_out.to_numpy(bool), "document")
+        consolidate_metadata(group)
+        rows = int(np.maximum(lengths - drop, 0).sum())
+        dropped = int(lengths.sum()) - rows
+        stage.publish(
+            {"documents": len(documents), "rows": rows, "dropped_rows": dropped, "bytes": stored_bytes(stage.staging)}
+        )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised corpus in memory."""
+
+    token: NDArray[np.int32]
+    start: NDArray[np.int64]
+    held_out: NDArray[np.bool_]
+    drop_positions: int
+
+    @classmethod
+    def open(cls, artifact: Path) -> Tokens:
+        """Read the tokens of an artifact's folder."""
+        group = zarr.open_group(artifact / STORE, mode="r")
+        return cls(group["token"][:], group["start"][:], group["held_out"][:], int(group.attrs["drop_positions"]))
+
+    def ids(self, document: int) -> NDArray[np.int32]:
+        """Token ids of one document."""
+        return self.token[self.start[document] : self.start[document + 1]]
+
+    def row_start(self) -> NDArray[np.int64]:
+        """Row range of each document [document + 1]: its tokens but for the dropped first positions."""
+        rows = np.maximum(np.diff(self.start) - self.drop_positions, 0)
+        return np.concatenate([[0], np.cumsum(rows)])
+
+
+def write_vector(group: zarr.Group, name: str, values: NDArray[Any], dimension: str) -> None:
+    """Write a one-dimensional array, uncompressed, in chunks of about a million values."""
+    chunks = (min(len(values), 1 << 20),)
+    group.create_array(name, data=values, chunks=chunks, compressors=None, dimension_names=[dimension], overwrite=True)
+
+
+def consolidate_metadata(group: zarr.Group) -> None:
+    """Gather the metadata of a finished group in one file, which xarray reads; plain Zarr v3 readers ignore it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata", category=zarr.errors.ZarrUserWarning)
+        zarr.consolidate_metadata(group.store)
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,1 @@
+"""Comparison of the dictionaries of base and tuned, latent by latent."""

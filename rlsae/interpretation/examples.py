@@ -1,0 +1,67 @@
+"""Where latents fire: token statistics and top windows, in one pass over a store.
+
+Shapes: B rows, S selected latents, V tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlsae.activations.store import ActivationStore
+from rlsae.sae.dictionary import SparseAutoencoder
+
+ROWS = 8192
+"""Rows that are encoded at once."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the selected latents of one dictionary do on the rows of a store."""
+
+    row_acts_NS: NDArray[np.float32]
+    """Activation of each selected latent at every row [rows, S]."""
+    token_mean_SV: NDArray[np.float64]
+    """Mean activation at each token over the training documents; 0 where the token does not occur."""
+    token_count_V: NDArray[np.int64]
+    """Occurrences of each token in the training documents."""
+
+
+@torch.inference_mode()
+def gather(sae: SparseAutoencoder, store: ActivationStore, layer: int, latents: NDArray[np.int64]) -> Evidence:
+    """Encode every row for the selected latents alone."""
+    selected = torch.tensor(latents)
+    part = SparseAutoencoder(sae.W_enc_DF[:, selected], sae.b_enc_F[selected], sae.W_dec_FD[selected], sae.b_dec_D)
+    acts = store.acts(layer)
+    row_acts_NS = np.empty((store.rows, len(latents)), np.float32)
+    for first in range(0, store.rows, ROWS):
+        row_acts_NS[first : first + ROWS] = part.encode(torch.tensor(acts[first : first + ROWS], dtype=torch.float32)).numpy()
+    token = store.group["token"][:]
+    train = ~store.held_out_rows()
+    vocabulary = int(token.max()) + 1
+    count_V = np.bincount(token[train], minlength=vocabulary)
+    sums_SV = np.stack([np.bincount(token[train], row_acts_NS[train, s], vocabulary) for s in range(len(latents))])
+    return Evidence(row_acts_NS, sums_SV / np.maximum(count_V, 1), count_V)
+
+
+def top_windows(
+    acts_N: NDArray[np.float32], store: ActivationStore, count: int, window: int
+) -> list[tuple[int, int, int, int]]:
+    """The strongest windows of one latent, at most one per document.
+
+    Returns:
+        (document, first row, last row + 1, row of the peak), strongest first; only where the latent fires.
+    """
+    peaks = np.maximum.reduceat(acts_N, store.start[:-1])
+    windows = []
+    for document in np.argsort(-peaks, kind="stable")[:count]:
+        if peaks[document] <= 0:
+            break
+        low, high = int(store.start[document]), int(store.start[document + 1])
+        peak = low + int(np.argmax(acts_N[low:high]))
+        first = max(low, min(peak - window // 2, high - window))
+        windows.append((int(document), first, min(first + window, high), peak))
+    return windows

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: one file per architecture, one trainer, one exported format."""
