@@ -93,7 +93,7 @@ def layer_parameters(base: Path, tuned: Path) -> Iterator[tuple[str, int, NDArra
 
 def weight_files(folder: Path) -> dict[str, Path]:
     """The safetensors file that holds each parameter of a transformers folder."""
-    found = {}
+    found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="np") as tensors:
             found |= dict.fromkeys(tensors.keys(), file)

@@ -29,10 +29,10 @@ def load(path: Path | str) -> Config:
         raise RlsaeError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RlsaeError(f"{path} is not valid YAML: {error}") from None
-    return parse(raw)
+    return parse_config(raw)
 
 
-def parse(raw: Any) -> Config:
+def parse_config(raw: Any) -> Config:
     """Validate a configuration given as plain values.
 
     Raises:
@@ -160,7 +160,7 @@ def _fill_variables(value: Any, key: str = "") -> Any:
 # --- messages ----------------------------------------------------------------------------------------------------
 
 
-def settings(kind: Any, text: str) -> Any:
+def parse_settings(kind: Any, text: str) -> Any:
     """Parse an entry's settings given as JSON, as the rules pass them to `rlsae <verb> --settings`."""
     try:
         return TypeAdapter(kind).validate_json(text)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,12 @@ class Artifact:
     folder: Path
     settings: dict[str, Any]
     """What its manifest must hold as parameters."""
+
+
+def run_this_checkout(folder: str) -> None:
+    """Let the jobs of a workflow run its own checkout with its own interpreter, whichever folder it is started from."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
 def model_of(policy: str) -> str:

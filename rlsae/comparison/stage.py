@@ -11,7 +11,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -254,8 +254,9 @@ def _latent_rows(
 def _add_size_matches(table: pd.DataFrame, members: Members, sizes: dict[str, str]) -> pd.DataFrame:
     """Columns `match_size_latent` and `match_size_cosine`: each latent's partner in the dictionary of the other size."""
     table = table.assign(match_size_latent=-1, match_size_cosine=np.nan)
-    for (role, layer, name, seed), rows in table.groupby(["role", "layer", "dictionary", "seed"]).groups.items():
-        other = {sizes["small"]: sizes["big"], sizes["big"]: sizes["small"]}.get(str(name))
+    for key, rows in table.groupby(["role", "layer", "dictionary", "seed"]).groups.items():
+        role, layer, name, seed = cast("tuple[str, int, str, int]", key)
+        other = {sizes["small"]: sizes["big"], sizes["big"]: sizes["small"]}.get(name)
         if other and (role, layer, other, seed) in members:
             matching = _matching(members, (role, layer, name, seed), (role, layer, other, seed))
             table.loc[rows, "match_size_latent"] = matching.partner

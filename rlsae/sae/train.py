@@ -28,6 +28,7 @@ from rlsae.sae.tied_relu import TiedRelu
 from rlsae.training import load_optimizer, optimizer_tensors, set_learning_rate, warmup_hold_decay
 
 ARCHITECTURES = {"tied_relu": TiedRelu}
+SAES = "saes"
 ROW_ORDER_SEED = 0
 """One order for all members, so that a job of many seeds equals many jobs of one."""
 CURVE_POINTS = 100
@@ -42,7 +43,7 @@ def build_dictionaries(
     Args:
         activations: artifact of the store; weights: transformers folder of its policy; tokens: tokens artifact.
 
-    Writes `seed{s}/` (SAELens format) and `metrics.parquet`, the training curves.
+    Writes `saes/seed{s}/` (SAELens format) and `metrics.parquet`, the training curves.
     """
     inputs = {"activations": activations, "tokens": tokens}
     with Stage("dictionaries", out, settings, inputs, work) as stage:
@@ -69,7 +70,7 @@ def build_dictionaries(
                     },
                 },
             )
-            sae.save(stage.staging / f"seed{seed}")
+            sae.save(stage.staging / SAES / f"seed{seed}")
             quality = held_out_quality(sae, store, layer, where)
             quality["ce_recovered"] = ce_recovered(sae, weights, tokens, layer, store.group.attrs["hook"], where)
             metrics[f"seed{seed}"] = {**quality, "rows_trained": rows_trained}
@@ -153,7 +154,7 @@ def _tensors(
     members: dict[int, TiedRelu], optimizers: dict[int, torch.optim.Optimizer], sums: dict[int, Tensor]
 ) -> dict[str, Tensor]:
     """The partial state of all members."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for seed, member in members.items():
         tensors |= {f"{seed}.{name}": parameter for name, parameter in member.parameters().items()}
         tensors |= optimizer_tensors(optimizers[seed], f"{seed}.optimizer")
@@ -163,4 +164,5 @@ def _tensors(
 
 def load_members(folder: Path) -> dict[int, Path]:
     """The folder of each seed of a dictionaries artifact."""
-    return {int(name.removeprefix("seed")): folder / name for name in Manifest.read(folder).outputs if name.startswith("seed")}
+    Manifest.read(folder)
+    return {int(path.name.removeprefix("seed")): path for path in sorted((folder / SAES).glob("seed*"))}

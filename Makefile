@@ -1,0 +1,41 @@
+# Two commands set everything up on a machine with Python 3.11+ and make: `make demo` and `make test`.
+PYTHON ?= python3
+CORES ?= $(shell nproc)
+VENV := .venv
+BIN := $(VENV)/bin
+SNAKEMAKE := $(BIN)/snakemake --workflow-profile workflow/profiles/default --cores $(CORES)
+
+.PHONY: demo test test-all lint benchmarks clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(SNAKEMAKE) --set-threads dictionary=1 activation_part=1 compare=1
+	@echo
+	@echo "The report: $(CURDIR)/results/reports/demo/index.html"
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/mypy
+	$(BIN)/snakemake --lint
+
+benchmarks: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks
+
+# torch first and alone: the CPU build, which the rest must not replace.
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $$(grep '^torch==' requirements.lock) $(TORCH_ARGS)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf results logs benchmarks .snakemake

@@ -1,0 +1,247 @@
+# Configuration, paths and input functions that the rules share. What an artifact is made of and which settings shape it
+# stands in rlsae/layout.py; here it is only turned into the strings that Snakemake wants.
+import functools
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+sys.path.insert(0, workflow.basedir)
+
+from rlsae.artifacts import canonical_json
+from rlsae.code_digest import code_digest
+from rlsae.config import LocalModel, PretrainedModel
+from rlsae.errors import RlsaeError
+from rlsae.expand import parse_config
+from rlsae.layout import SURVEY, Layout, kind_of, model_of, policy_folder, run_this_checkout, weights_folder
+
+run_this_checkout(workflow.basedir)
+try:
+    CONFIG = parse_config(config)
+except RlsaeError as error:
+    raise WorkflowError(f"The configuration is not valid.\n{error}") from None
+LAYOUT = Layout(CONFIG)
+
+
+wildcard_constraints:
+    corpus=r"[a-z0-9-]+",
+    model=r"[a-z0-9-]+",
+    tuning=r"[a-z0-9-]+",
+    policy=r"[a-z0-9-]+(\.[a-z0-9-]+(@\d+)?)?",
+    activation=r"[a-z0-9-]+",
+    kind=r"survey|layers(-\d+)+",
+    layer=r"\d+",
+    part=r"\d+",
+    dictionary=r"[a-z0-9-]+",
+    study=r"[a-z0-9-]+",
+
+
+def settings(describe, *names):
+    """A params function: the settings of an artifact as canonical JSON, so that the order of keys reruns nothing."""
+
+    def of(wildcards):
+        return canonical_json(describe(*(wildcards[name] for name in names)))
+
+    return of
+
+
+def option(name, path):
+    """A command-line option, or nothing where there is no path."""
+    return f"--{name} {shlex.quote(str(path))}" if path else ""
+
+
+# --- manifests and data of one artifact: consumers depend on the manifest's content and only on the data's presence -----
+
+
+def corpus_files(corpus):
+    return [
+        f"results/corpora/{corpus}/manifest.json",
+        ancient(f"results/corpora/{corpus}/documents.parquet"),
+    ]
+
+
+def policy_files(policy):
+    data = "checkpoints" if "@" in policy else "model"
+    return [
+        f"{policy_folder(policy)}/manifest.json",
+        ancient(f"{policy_folder(policy)}/{data}"),
+    ]
+
+
+def token_files(model, corpus):
+    folder = f"results/tokens/{model}.{corpus}"
+    return [f"{folder}/manifest.json", ancient(f"{folder}/store")]
+
+
+def activation_folder(policy, study, kind):
+    entry = CONFIG.studies[study]
+    return f"results/activations/{policy}.{entry.corpus}/{entry.activation}/{kind}"
+
+
+def activation_files(policy, study, kind):
+    folder = activation_folder(policy, study, kind)
+    return [f"{folder}/manifest.json", ancient(f"{folder}/store")]
+
+
+# --- what a study is made of ---------------------------------------------------------------------------------------
+
+
+def layers_of_study(study):
+    """The layers of a study; waits for the checkpoint only where they must be measured."""
+    static = LAYOUT.static_layers(study)
+    if static is not None:
+        return static
+    chosen = checkpoints.rank_layers.get(study=LAYOUT.layer_source(study)).output.chosen
+    return json.loads(Path(chosen).read_text())["layers"]
+
+
+def roles(study):
+    entry = CONFIG.studies[study]
+    return {"base": entry.base, "tuned": entry.tuned}
+
+
+def dictionary_folders(study):
+    """Folder by role/layer/dictionary."""
+    entry, layers = CONFIG.studies[study], layers_of_study(study)
+    return {
+        f"{role}/{layer}/{name}": LAYOUT.dictionary_folder(policy, entry, kind_of(layers), layer, name)
+        for role, policy in roles(study).items()
+        for layer in layers
+        for name in entry.dictionaries
+    }
+
+
+def store_folders(study):
+    """Folder of the training activations by role."""
+    kind = kind_of(layers_of_study(study))
+    return {role: activation_folder(policy, study, kind) for role, policy in roles(study).items()}
+
+
+def dictionary_files(study):
+    folders = dictionary_folders(study).values()
+    return [f"{folder}/manifest.json" for folder in folders] + [ancient(f"{folder}/saes") for folder in folders]
+
+
+def store_files(study):
+    folders = store_folders(study).values()
+    return [f"{folder}/manifest.json" for folder in folders] + [ancient(f"{folder}/store") for folder in folders]
+
+
+def named(flag, folders):
+    """Repeated KEY=FOLDER options."""
+    return " ".join(f"--{flag} {key}={folder}" for key, folder in folders.items())
+
+
+def dictionary_options(wildcards):
+    return named("dictionary", dictionary_folders(wildcards.study))
+
+
+def store_options(wildcards):
+    return named("store", store_folders(wildcards.study))
+
+
+# --- targets: every manifest and every store up to a stage, so that a failed rerun can never leave a stale result as current
+
+
+def corpora_of(study):
+    entry = CONFIG.studies[study]
+    model = CONFIG.models[entry.model]
+    names = [entry.corpus, CONFIG.tunings[entry.tuning.split("@")[0]].corpus]
+    return {*names, model.corpus} if isinstance(model, PretrainedModel) else set(names)
+
+
+def base_and_tuned_files(study, kind):
+    return [file for policy in roles(study).values() for file in activation_files(policy, study, kind)]
+
+
+STAGES = {
+    "corpora": lambda study: [file for corpus in sorted(corpora_of(study)) for file in corpus_files(corpus)],
+    "models": lambda study: policy_files(CONFIG.studies[study].base),
+    "policies": lambda study: policy_files(CONFIG.studies[study].tuned)
+    + policy_files(CONFIG.studies[study].tuned.split("@")[0]),
+    "tokens": lambda study: token_files(CONFIG.studies[study].model, CONFIG.studies[study].corpus),
+    "survey": lambda study: base_and_tuned_files(study, SURVEY),
+    "divergence": lambda study: [
+        f"results/divergence/{study}/manifest.json",
+        f"results/divergence/{study}/chosen.json",
+    ],
+    "activations": lambda study: base_and_tuned_files(study, kind_of(layers_of_study(study))),
+    "dictionaries": dictionary_files,
+    "comparison": lambda study: [f"results/comparison/{study}/manifest.json"],
+    "interpretation": lambda study: [f"results/interpretation/{study}/manifest.json"],
+    "reports": lambda study: [f"results/reports/{study}/manifest.json"],
+}
+
+
+def targets(last):
+    """One input function per study, so that no study waits for another's choice of layers."""
+
+    def up_to(wildcards, study):
+        wanted = []
+        for stage, files in STAGES.items():
+            wanted += files(study)
+            if stage == last:
+                return wanted
+
+    return [functools.partial(up_to, study=study) for study in CONFIG.studies]
+
+
+# --- inputs and options of single rules -----------------------------------------------------------------------------
+
+
+def corpus_source(wildcards):
+    return getattr(CONFIG.corpora[wildcards.corpus], "path", None) or []
+
+
+def model_corpus(wildcards):
+    entry = CONFIG.models[wildcards.model]
+    return corpus_files(entry.corpus) if isinstance(entry, PretrainedModel) else []
+
+
+def model_source(wildcards):
+    """The files of a local model, so that a change of any of them is seen."""
+    entry = CONFIG.models[wildcards.model]
+    if not isinstance(entry, LocalModel):
+        return []
+    return sorted(str(p) for p in Path(entry.path).glob("*") if p.is_file()) or [f"{entry.path}/config.json"]
+
+
+def model_options(wildcards):
+    entry = CONFIG.models[wildcards.model]
+    if isinstance(entry, PretrainedModel):
+        return option("corpus", f"results/corpora/{entry.corpus}")
+    return option("source", getattr(entry, "path", None))
+
+
+def tuning_corpus(wildcards):
+    return corpus_files(CONFIG.tunings[wildcards.tuning].corpus)
+
+
+def reward_file(wildcards):
+    return getattr(CONFIG.rewards[CONFIG.tunings[wildcards.tuning].reward], "path", None) or []
+
+
+def activation_parts(wildcards):
+    count = LAYOUT.parts(wildcards.activation, wildcards.kind)
+    folder = f"results/activations/{wildcards.policy}.{wildcards.corpus}/{wildcards.activation}/{wildcards.kind}"
+    return [f"{folder}/part-{part}.json" for part in range(count)]
+
+
+def tokens_of_policy(wildcards):
+    return token_files(model_of(wildcards.policy), wildcards.corpus)
+
+
+def same_as(study):
+    source = LAYOUT.layer_source(study)
+    return f"results/divergence/{source}" if source != study else None
+
+
+def divergence_option(role):
+    def of(wildcards):
+        policy = roles(wildcards.study)[role]
+        survey = activation_folder(policy, wildcards.study, SURVEY)
+        return f"--{role} {policy_folder(policy)} --{role}-weights {weights_folder(policy)} --survey-{role} {survey}"
+
+    return of

@@ -1,0 +1,41 @@
+# reports/{study}: pages that open from disk.
+
+
+rule report_study:
+    input:
+        policies=lambda wildcards: [file for policy in roles(wildcards.study).values() for file in policy_files(policy)],
+        divergence="results/divergence/{study}/manifest.json",
+        comparison="results/comparison/{study}/manifest.json",
+        interpretation="results/interpretation/{study}/manifest.json",
+        dictionaries=lambda wildcards: dictionary_files(wildcards.study),
+        stores=lambda wildcards: store_files(wildcards.study),
+    output:
+        pages=report(
+            directory("results/reports/{study}/pages"),
+            htmlindex="index.html",
+            category="Studies",
+            caption="../report/study.rst",
+        ),
+        index="results/reports/{study}/index.html",
+        manifest=ensure("results/reports/{study}/manifest.json", non_empty=True),
+    log:
+        "logs/reports/{study}.log",
+    benchmark:
+        "benchmarks/reports/{study}.tsv"
+    conda:
+        "../../envs/rlsae.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        code=code_digest("report"),
+        base=lambda wildcards: policy_folder(roles(wildcards.study)["base"]),
+        tuned=lambda wildcards: policy_folder(roles(wildcards.study)["tuned"]),
+        dictionaries=dictionary_options,
+        stores=store_options,
+    shell:
+        "python -m rlsae report --study {wildcards.study} --base {params.base} --tuned {params.tuned}"
+        " --divergence results/divergence/{wildcards.study} --comparison results/comparison/{wildcards.study}"
+        " --interpretation results/interpretation/{wildcards.study} {params.dictionaries} {params.stores}"
+        " --out results/reports/{wildcards.study} --work results/.work/reports/{wildcards.study} >> {log} 2>&1"
