@@ -18,6 +18,19 @@ include: "workflow/rules/common.smk"
 report: "workflow/report/workflow.rst"
 
 
+# Until a run has rebuilt it, a report whose inputs have changed says so.
+onstart:
+    mark_reports(CONFIG)
+
+
+onsuccess:
+    mark_reports(CONFIG)
+
+
+onerror:
+    mark_reports(CONFIG)
+
+
 rule all:
     default_target: True
     input:

@@ -314,6 +314,42 @@ def studies(config_file: ConfigFile) -> None:
 
 
 @app.command()
+def status(config_file: ConfigFile) -> None:
+    """Say which artifacts of a configuration are missing or stale, and why; exit status 1 if any is.
+
+    Run it where the workflow runs: it looks at `results/` in this folder.
+
+    Example: rlsae status config.yaml
+    """
+    from rlsae.status import check
+
+    states = check(load(config_file))
+    for folder, state in states.items():
+        word = "missing" if state.missing else "stale" if state.problem else "current"
+        typer.echo(f"{word:8} {folder}" + (f": {state.problem}" if state.problem and not state.missing else ""))
+    if any(state.problem for state in states.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def orphans(
+    config_file: ConfigFile,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete them.")] = False,
+) -> None:
+    """List the artifacts in `results/` that a configuration does not name.
+
+    Example: rlsae orphans config.yaml --delete
+    """
+    from rlsae import status
+
+    found = status.orphans(load(config_file))
+    for folder in found:
+        typer.echo(str(folder))
+    if delete:
+        status.delete(found)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration, as in workflow/schemas/config.schema.yaml.
 

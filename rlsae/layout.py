@@ -7,11 +7,11 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlsae.config import Choice, Config, LocalModel, PretrainedModel, SameAs, Study
+from rlsae.config import Choice, Config, Entry, LocalModel, PretrainedModel, SameAs, Study
 from rlsae.errors import RlsaeError
 
 RESULTS = Path("results")
@@ -28,6 +28,8 @@ class Artifact:
     folder: Path
     settings: dict[str, Any]
     """What its manifest must hold as parameters."""
+    files: dict[str, Path] = field(default_factory=dict)
+    """Files outside the results that it is made from, by the label that its manifest gives them."""
 
 
 def run_this_checkout(folder: str) -> None:
@@ -169,9 +171,11 @@ class Layout:
         if isinstance(model, PretrainedModel):
             corpora.append(model.corpus)
         for corpus in dict.fromkeys(corpora):
-            yield Artifact("corpora", RESULTS / "corpora" / corpus, self.corpus_settings(corpus))
-        yield Artifact("models", policy_folder(entry.base), self.model_settings(entry.model))
-        yield Artifact("policies", policy_folder(entry.tuned), self.policy_settings(tuning))
+            files = self._files(self.config.corpora[corpus], "source")
+            yield Artifact("corpora", RESULTS / "corpora" / corpus, self.corpus_settings(corpus), files)
+        yield Artifact("models", policy_folder(entry.base), self.model_settings(entry.model), self._files(model, "model"))
+        files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
+        yield Artifact("policies", policy_folder(entry.tuned), self.policy_settings(tuning), files)
         tokens = RESULTS / "tokens" / f"{entry.model}.{entry.corpus}"
         yield Artifact("tokens", tokens, self.token_settings(entry.corpus))
         for policy in (entry.base, entry.tuned):
@@ -193,6 +197,11 @@ class Layout:
     def _activations(self, study: Study, policy: str, kind: str) -> Artifact:
         folder = RESULTS / "activations" / f"{policy}.{study.corpus}" / study.activation / kind
         return Artifact("activations", folder, self.activation_settings(study.activation, kind, policy))
+
+    @staticmethod
+    def _files(entry: Entry, label: str) -> dict[str, Path]:
+        path = getattr(entry, "path", None)
+        return {label: Path(path)} if path else {}
 
     @staticmethod
     def dictionary_folder(policy: str, study: Study, kind: str, layer: int, dictionary: str) -> Path:

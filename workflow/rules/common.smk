@@ -16,6 +16,7 @@ from rlsae.config import LocalModel, PretrainedModel
 from rlsae.errors import RlsaeError
 from rlsae.expand import parse_config
 from rlsae.layout import SURVEY, Layout, kind_of, model_of, policy_folder, run_this_checkout, weights_folder
+from rlsae.status import mark_reports
 
 run_this_checkout(workflow.basedir)
 try:
