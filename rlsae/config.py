@@ -14,8 +14,9 @@ SLUG = r"[a-z0-9]+(-[a-z0-9]+)*"
 Slug = Annotated[str, Field(pattern=f"^{SLUG}$")]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-FilePath = Annotated[str, Field(json_schema_extra={"file": True})]
-"""A path on this machine: never part of a manifest; the file's digest is."""
+IS_PATH = Field(json_schema_extra={"file": True})
+"""Metadata of a path on this machine: never part of a manifest; the file's digest is."""
+FilePath = Annotated[str, IS_PATH]
 
 
 def reference(section: str) -> Any:
@@ -135,7 +136,9 @@ class LexiconReward(Entry):
     """Sum of the polarity of a text's words, scaled and clipped (arXiv 2310.08164 section 3.1)."""
 
     kind: Literal["lexicon"]
-    path: FilePath | None = Field(None, description="Tab-separated word and polarity per line; null: VADER's lexicon.")
+    path: Annotated[str | None, IS_PATH] = Field(
+        None, description="Tab-separated word and polarity per line; null: VADER's lexicon."
+    )
     scale: float = Field(0.2, description="The sum of polarities is multiplied by this.")
     clip: Annotated[float, Field(gt=0)] = Field(10.0, description="Rewards are clipped to ± this.")
     scope: Literal["response", "full"] = Field("response", description="Score the response, or prompt and response.")

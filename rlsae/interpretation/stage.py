@@ -27,6 +27,8 @@ from rlsae.sae.train import load_members
 KEY = ["role", "layer", "dictionary", "seed", "latent"]
 MIN_COUNT = 5
 """Occurrences below which a token's mean activation says little."""
+WEAK = 0.1
+"""Share of the strongest token's mean activation below which a token is not named."""
 MIN_HELD_OUT_FIRINGS = 10
 """Held-out firings below which a score says little."""
 
@@ -73,7 +75,7 @@ def build_interpretation(
                 )
                 examples += _windows(key, evidence, s, store, settings, tokenizer)
             progress.update()
-        latents_table = pd.DataFrame(explained)
+        latents_table = pd.DataFrame(explained, columns=[*KEY, "selected_for", "explanation", "detection_auc", "status"])
         latents_table.to_parquet(stage.staging / "latents.parquet", index=False)
         explanations = latents_table[[*KEY, "explanation", "status"]].assign(
             explainer="tokens", judge="detection_auc", score=latents_table.detection_auc
@@ -86,8 +88,8 @@ def build_interpretation(
 
 
 def select(table: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Half the least, half the best matched live latents of a dictionary; `selected_for` says which."""
-    alive = table[(table.firings > 0) & table.match_cosine_decoder.notna()].sort_values(
+    """Half the least, half the best matched latents that fire often enough to be scored; `selected_for` says which."""
+    alive = table[(table.firings >= MIN_HELD_OUT_FIRINGS) & table.match_cosine_decoder.notna()].sort_values(
         ["match_cosine_decoder", "latent"], kind="stable"
     )
     count = min(count, len(alive))
@@ -96,10 +98,10 @@ def select(table: pd.DataFrame, count: int) -> pd.DataFrame:
 
 
 def top_tokens(evidence: Evidence, s: int, count: int) -> list[int]:
-    """Tokens at which a latent fires most strongly on average, among those that occur often enough."""
+    """Tokens at which a latent fires most strongly on average: often enough seen, and not weak beside the first."""
     mean_V = np.where(evidence.token_count_V >= MIN_COUNT, evidence.token_mean_SV[s], 0)
     order = np.argsort(-mean_V, kind="stable")[:count]
-    return [int(token) for token in order if mean_V[token] > 0]
+    return [int(token) for token in order if mean_V[token] > WEAK * mean_V[order[0]]]
 
 
 def detection_auc(evidence: Evidence, s: int, store: ActivationStore) -> tuple[float, str]:

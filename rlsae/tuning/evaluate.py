@@ -100,7 +100,7 @@ def ended(rollout: Rollout, eos_token_id: int) -> Tensor:
     return last_B == eos_token_id
 
 
-def distinct_bigrams(texts: list[str]) -> float:
-    """Distinct bigrams of words over all bigrams (Li et al. 2016, arXiv 1510.03055); nan without any."""
+def distinct_bigrams(texts: list[str]) -> float | None:
+    """Distinct bigrams of words over all bigrams (Li et al. 2016, arXiv 1510.03055); None without any."""
     bigrams = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
-    return len(set(bigrams)) / len(bigrams) if bigrams else float("nan")
+    return len(set(bigrams)) / len(bigrams) if bigrams else None

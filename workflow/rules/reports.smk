@@ -10,13 +10,18 @@ rule report_study:
         dictionaries=lambda wildcards: dictionary_files(wildcards.study),
         stores=lambda wildcards: store_files(wildcards.study),
     output:
-        pages=report(
-            directory("results/reports/{study}/pages"),
-            htmlindex="index.html",
+        index=report(
+            "results/reports/{study}/index.html",
             category="Studies",
             caption="../report/study.rst",
+            labels={"study": "{study}"},
         ),
-        index="results/reports/{study}/index.html",
+        latents=report(
+            "results/reports/{study}/latents.html",
+            category="Studies",
+            caption="../report/study.rst",
+            labels={"study": "{study}, latents"},
+        ),
         manifest=ensure("results/reports/{study}/manifest.json", non_empty=True),
     log:
         "logs/reports/{study}.log",

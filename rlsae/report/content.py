@@ -1,0 +1,235 @@
+"""The tables of the pages, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rlsae.artifacts import Manifest
+from rlsae.report.formatting import listing, number, visible
+from rlsae.report.study import KEY, Study
+
+STAGES = ["file", "corpora", "models", "policies", "tokens", "activations", "divergence", "dictionaries", "comparison"]
+"""The order of the chain; interpretation, not named, comes last."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """One artifact of the chain."""
+
+    name: str
+    digest: str
+    holds: str
+    bytes: int | None
+    """None where only the digest is known."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table of the tuning: values as text, with their intervals."""
+
+    name: str
+    base: str
+    tuned: str
+    difference: str = ""
+    difference_ci95: Any = None
+    base_ci95: Any = None
+    tuned_ci95: Any = None
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far one layer moved: one row of the divergence table."""
+
+    layer: int
+    chosen: bool
+    values: dict[str, dict[str, Any]]
+    """By measure: value, ci_low, ci_high, rank."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One dictionary and its scores on held-out rows."""
+
+    policy: str
+    role: str
+    layer: int
+    dictionary: str
+    seed: str
+    scores: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a window, its spaces drawn."""
+
+    text: str
+    activation: float
+    heat: float
+    """Activation as a share of the latent's largest shown."""
+    peak: bool
+
+
+@dataclass(frozen=True)
+class Window:
+    """The tokens around one of the strongest activations of a latent."""
+
+    document: int
+    held_out: bool
+    tokens: list[Token]
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One explained latent."""
+
+    row: dict[str, Any]
+    anchor: str
+    partner: str | None
+    """Anchor of its partner in the other model, where that one is explained too."""
+    windows: list[Window]
+
+
+def chain(study: Study, digests: dict[str, str]) -> list[Made]:
+    """All artifacts that the report rests on, in the order of the chain.
+
+    Args:
+        digests: of the manifests that the report reads, by identifier.
+    """
+    named = {identifier: label for label, identifier in study.identifiers.items()}
+    for manifest in study.manifests.values():
+        digests = {**manifest.inputs, **digests}
+    made = []
+    for identifier in sorted(digests, key=lambda i: (_position(i), i)):
+        label = named.get(identifier)
+        holds, size = "", None
+        if label:
+            manifest, folder = study.manifests[label], study.folders[label]
+            holds, size = contents(manifest), manifest.metrics.get("bytes") or _bytes(folder, manifest)
+        made.append(Made(identifier, digests[identifier].removeprefix("sha256:")[:12], holds, size))
+    return made
+
+
+def contents(manifest: Manifest) -> str:
+    """What an artifact holds, in a few words."""
+    metrics, parameters = manifest.metrics, manifest.parameters
+    match manifest.stage:
+        case "models":
+            return f"{number(metrics.get('parameters'))} parameters, {number(metrics.get('layers'))} layers"
+        case "policies":
+            steps = metrics.get("checkpoints")
+            return f"{parameters['tuning']['method']}; checkpoints: {listing(steps) if steps else 'none'}"
+        case "activations":
+            return (
+                f"{number(metrics['rows'])} rows × {number(metrics['channels'])} channels, layers {listing(metrics['layers'])}"
+            )
+        case "divergence":
+            return f"chosen layers: {listing(metrics['chosen_layers'])}"
+        case "dictionaries":
+            shown = {"architecture": "", "expansion": "expansion ", "l1": "l1 ", "learning_rate": "learning rate "}
+            recipe = [f"{text}{parameters[key]}" for key, text in shown.items() if key in parameters]
+            return ", ".join([*recipe, f"seeds {listing(name.removeprefix('seed') for name in metrics)}"])
+        case "interpretation":
+            return f"{number(metrics['latents_explained'])} explained latents"
+    return ""
+
+
+def _position(identifier: str) -> int:
+    stage = identifier.replace(":", "/").split("/")[0]
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
+
+
+def _bytes(folder: Path, manifest: Manifest) -> int:
+    files = [file for name in manifest.outputs for file in (folder / name, *(folder / name).rglob("*"))]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def tuning_metrics(metrics: dict[str, Any]) -> Iterator[Metric]:
+    """The rows of the table of the tuning, those that were measured."""
+    rows = [
+        ("reward", "Reward"),
+        ("response_length", "Response length (tokens)"),
+        ("eos_rate", "Responses that end by themselves (share)"),
+        ("perplexity", "Perplexity under the base"),
+        ("distinct_2", "Distinct bigrams of words (share)"),
+    ]
+    for key, name in rows:
+        base, tuned = metrics.get(f"{key}_base"), metrics.get(f"{key}_tuned")
+        if base is None and tuned is None:
+            continue
+        difference = number(tuned - base) if base is not None and tuned is not None else ""
+        yield Metric(
+            name,
+            number(base),
+            number(tuned),
+            difference,
+            metrics.get("reward_gain_ci95") if key == "reward" else None,
+            metrics.get(f"{key}_base_ci95"),
+            metrics.get(f"{key}_tuned_ci95"),
+        )
+    yield Metric("KL from the base (nats per response)", "0", number(metrics.get("kl")), tuned_ci95=metrics.get("kl_ci95"))
+    yield Metric("KL from the base (nats per token)", "0", number(metrics.get("kl_per_token")))
+
+
+def shifts(layers: pd.DataFrame, chosen: list[int]) -> list[Shift]:
+    """The rows of the divergence table."""
+    return [
+        Shift(layer, layer in chosen, {row["measure"]: row for row in records(layers[layers.layer == layer])})
+        for layer in sorted(layers.layer.unique().tolist())
+    ]
+
+
+def qualities(study: Study) -> list[Quality]:
+    """One row per dictionary and seed."""
+    return [
+        Quality(study.policies[role], role, layer, name, seed.removeprefix("seed"), scores)
+        for role, layer, name in study.dictionaries
+        for seed, scores in sorted(study.manifests[f"{role} layer {layer} {name}"].metrics.items())
+    ]
+
+
+def latents(study: Study) -> list[Latent]:
+    """The explained latents in the order of the artifact, with their windows."""
+    rows = records(study.latents)
+    examples = pd.read_parquet(study.interpretation / "examples.parquet") if rows else pd.DataFrame()
+    windows = {key: list(_windows(group)) for key, group in examples.groupby(KEY)} if len(examples) else {}
+    anchors = {tuple(row[k] for k in KEY): _anchor(*(row[k] for k in KEY)) for row in rows}
+    found = []
+    for row in rows:
+        key = tuple(row[k] for k in KEY)
+        other = "tuned" if row["role"] == "base" else "base"
+        partner = anchors.get((other, *key[1:4], row["match_latent"]))
+        found.append(Latent(row, anchors[key], partner, windows.get(key, [])))
+    return found
+
+
+def well_explained(latents: list[Latent], count: int) -> list[Latent]:
+    """The latents of the tuned model whose explanations do best on held-out rows."""
+    scored = [latent for latent in latents if latent.row["role"] == "tuned" and latent.row["status"] == "scored"]
+    return sorted(scored, key=lambda latent: -latent.row["detection_auc"])[:count]
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as plain values by column."""
+    return [{str(column): value for column, value in row.items()} for row in table.to_dict("records")]
+
+
+def _anchor(role: str, layer: int, dictionary: str, seed: int, latent: int) -> str:
+    return f"{role}-{layer}-{dictionary}-{seed}-{latent}"
+
+
+def _windows(examples: pd.DataFrame) -> Iterator[Window]:
+    largest = max(max(activations) for activations in examples.activations)
+    for row in records(examples.sort_values("rank")):
+        yield Window(
+            row["document"],
+            row["held_out"],
+            [
+                Token(visible(token), activation, activation / largest if largest > 0 else 0.0, place == row["peak"])
+                for place, (token, activation) in enumerate(zip(row["tokens"], row["activations"].tolist(), strict=True))
+            ],
+        )

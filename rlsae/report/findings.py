@@ -1,0 +1,95 @@
+"""What a study found, in sentences made from its numbers alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from rlsae.report.figures import MEASURES
+from rlsae.report.formatting import MISSING, alike, interval, listing, number, percent, spread
+
+
+def reward_sentence(metrics: dict[str, Any]) -> str:
+    """Whether the tuning raised the reward on held-out prompts, and by how much."""
+    gain, bounds = metrics.get("reward_gain"), metrics.get("reward_gain_ci95")
+    if gain is None or bounds is None:
+        return "The reward of this tuning was not measured."
+    before, after = alike(metrics.get("reward_base"), metrics.get("reward_tuned"))
+    where = f"on {number(metrics.get('evaluation_prompts'))} held-out prompts"
+    size = f"{number(gain)} (95 % interval {interval(bounds)})"
+    if bounds[0] <= 0 <= bounds[1]:
+        return (
+            f"The tuning brought no gain beyond noise: {where} the mean reward went from {before} to {after}, "
+            f"a difference of {size}, which includes 0."
+        )
+    verb, noun = ("raised", "gain") if gain > 0 else ("lowered", "change")
+    return f"The tuning {verb} the mean reward {where} from {before} to {after}, a {noun} of {size}."
+
+
+def cost_sentence(metrics: dict[str, Any]) -> str:
+    """How far the tuned model moved from the base, and what became of its text."""
+    bounds = interval(metrics.get("kl_ci95"))
+    kl = number(metrics.get("kl")) + (f" (95 % interval {bounds})" if bounds != MISSING else "")
+    return (
+        f"Its KL divergence from the base is {kl} nats per response. "
+        f"Responses are {number(metrics.get('response_length_tuned'))} tokens long on average, "
+        f"the base's {number(metrics.get('response_length_base'))}; under the base model, "
+        f"the tuned text has a perplexity of {number(metrics.get('perplexity_tuned'))}, "
+        f"the base's own text one of {number(metrics.get('perplexity_base'))}."
+    )
+
+
+def layers_sentence(chosen: dict[str, Any], count: int) -> str:
+    """Which layers were looked into, why, and how stable that choice is."""
+    layers = chosen["layers"]
+    why = chosen["why"]
+    for measure, title in MEASURES.items():
+        why = why.replace(measure, title[0].lower() + title[1:])
+    subject, verb = ("Layers", "are") if len(layers) > 1 else ("Layer", "is")
+    text = f"{subject} {listing(layers)} of the model's {count} {verb} looked into: {why}."
+    if chosen["stability"]:
+        shares = listing(f"layer {layer} in {percent(share)}" for layer, share in chosen["stability"].items())
+        text += f" In bootstrap resamples of the documents, the same rule chooses {shares}."
+    return text
+
+
+def cosine_sentences(aggregates: pd.DataFrame) -> str:
+    """How alike the dictionaries of base and tuned are beside the floor, and what that does not say."""
+    wide = aggregates.pivot_table(index=["layer", "dictionary"], columns="measure", values=["value", "ci_low", "ci_high"])
+    same = spread(_column(wide, "value", "mmcs_base_tuned"))
+    other = _column(wide, "value", "mmcs_base_tuned_other_seed")
+    text = (
+        f"Base and tuned dictionaries trained from the same seed match at a mean cosine of {same}, "
+        "but such pairs share their start, so that they would be alike without any finding. "
+    )
+    if other.empty:
+        reason = aggregates.loc[aggregates.measure == "mmcs_floor", "note"].iloc[0]
+        text += f"{reason.capitalize()}, so nothing says how alike two dictionaries of one model would be. "
+    else:
+        floor = _column(wide, "value", "mmcs_floor")
+        overlap = (_column(wide, "ci_low", "mmcs_base_tuned_other_seed") <= _column(wide, "ci_high", "mmcs_floor")) & (
+            _column(wide, "ci_low", "mmcs_floor") <= _column(wide, "ci_high", "mmcs_base_tuned_other_seed")
+        )
+        text += (
+            f"The fair comparison with the re-seed floor is the figure over different seeds: {spread(other)}, "
+            f"where two seeds of one model reach {spread(floor)}; the intervals of the two overlap "
+            f"in {overlap.sum()} of {len(overlap)} layers × dictionaries. "
+        )
+    return text + "A cosine match is a description and decides nothing: it does not show which latents the tuning changed."
+
+
+def latents_sentence(metrics: dict[str, Any]) -> str:
+    """How many latents were explained, and how well the explanations hold on held-out rows."""
+    if not metrics["latents_explained"]:
+        return "No latent was explained."
+    text = f"{number(metrics['latents_explained'])} latents were explained by the tokens at which they fire; "
+    if metrics["detection_auc"] is None:
+        return text + "none of these explanations could be scored on held-out rows."
+    auc = number(metrics["detection_auc"])
+    return text + f"on held-out rows these explanations reach a mean detection AUC of {auc} (0.5 is chance)."
+
+
+def _column(wide: pd.DataFrame, field: str, measure: str) -> pd.Series:
+    """One field of a measure by layer and dictionary; empty where it was not measured."""
+    return wide[field, measure].dropna() if (field, measure) in wide else pd.Series(dtype=float)

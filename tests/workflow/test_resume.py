@@ -1,0 +1,147 @@
+"""Every long stage survives being killed: the artifact is that of an uninterrupted run, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.workflow.conftest import clean_environment
+
+STAGES = {
+    "model": ("models/tiny", {"steps": 60}),
+    "tune": ("policies/tiny.ppo", {"batches": 12}),
+    "dictionary": ("dictionaries/tiny.texts/mlp/layers-*/layer*/big", {"epochs": 40}),
+}
+
+
+def command(finished, verb: str, out: Path) -> tuple[list[str], Path]:
+    """The command line of a stage with more work in it than the finished run had, and its work folder."""
+    results = finished.workdir / "results"
+    pattern, changes = STAGES[verb]
+    (folder,) = results.glob(pattern)
+    settings = json.loads((folder / "manifest.json").read_text())["parameters"]
+    (settings["tuning"] if verb == "tune" else settings).update(changes)
+    work = out.with_name(out.name + ".work")
+    data = {"model": {"corpus": "corpora/reviews"}, "tune": {"base": "models/tiny", "corpus": "corpora/reviews"}}.get(verb, {})
+    options = [text for name, path in data.items() for text in (f"--{name}", results / path)]
+    if verb == "tune":
+        options += ["--reward-file", finished.workdir / "inputs/words.tsv"]
+    if verb == "dictionary":
+        kind, layer = folder.parents[1].name, folder.parent.name.removeprefix("layer")
+        options += ["--layer", layer, "--activations", results / f"activations/tiny.texts/mlp/{kind}"]
+        options += ["--weights", results / "models/tiny/model", "--tokens", results / "tokens/tiny.texts"]
+    shared = ["--settings", json.dumps(settings), "--threads", "1", "--out", out, "--work", work]
+    return [sys.executable, "-m", "rlsae", verb, *map(str, options), *map(str, shared)], work
+
+
+def environment() -> dict[str, str]:
+    return clean_environment() | {"RLSAE_SAVE_SECONDS": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def run_to_the_end(arguments: list[str]) -> str:
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def kill_after_progress(arguments: list[str], work: Path, with_signal: int, delay: float) -> None:
+    """Start a stage, wait until it has saved a partial state, and kill it a moment later."""
+    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL)
+    state = work / "state.safetensors"
+    before = state.stat().st_mtime_ns if state.exists() else 0
+    while process.poll() is None and not (state.exists() and state.stat().st_mtime_ns != before):
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(with_signal)
+    process.wait()
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_a_killed_stage_continues_and_ends_as_if_never_killed(finished, tmp_path, verb):
+    rng = random.Random(verb)
+    uninterrupted, _ = command(finished, verb, tmp_path / "whole")
+    run_to_the_end(uninterrupted)
+    killed, work = command(finished, verb, tmp_path / "killed")
+    for with_signal in (signal.SIGKILL, signal.SIGTERM):
+        kill_after_progress(killed, work, with_signal, delay=rng.uniform(0, 0.1))
+    assert not (tmp_path / "killed/manifest.json").exists()
+    assert "continuing from the partial state" in run_to_the_end(killed)
+    assert not work.exists()
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("whole", "killed")]
+    assert manifests[0] == manifests[1]
+
+
+def test_a_killed_dump_recomputes_only_its_missing_shards(finished, tmp_path):
+    results = finished.workdir / "results"
+    (folder,) = results.glob("activations/tiny.texts/mlp/layers-*")
+    settings = json.loads((folder / "manifest.json").read_text())["parameters"] | {"rows_per_part": 1024}
+    shared = [
+        "--settings",
+        json.dumps(settings),
+        "--policy",
+        results / "models/tiny",
+        "--tokens",
+        results / "tokens/tiny.texts",
+    ]
+
+    def dump(out: Path, kill: bool) -> None:
+        work = out.with_name(out.name + ".work")
+        for part in range(3):
+            arguments = [sys.executable, "-m", "rlsae", "extract", "--part", str(part), "--stamp", out / f"part-{part}.json"]
+            arguments += ["--weights", results / "models/tiny/model", "--work", work, "--threads", "1", *shared]
+            arguments = [str(argument) for argument in arguments]
+            if kill:
+                process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL)
+                while process.poll() is None and not (work / "created").exists():
+                    time.sleep(0.005)
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+            run_to_the_end(arguments)
+        consolidate = [sys.executable, "-m", "rlsae", "consolidate", *shared, "--work", work, "--out", out]
+        run_to_the_end([str(argument) for argument in consolidate])
+
+    dump(tmp_path / "whole", kill=False)
+    dump(tmp_path / "killed", kill=True)
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("whole", "killed")]
+    assert manifests[0] == manifests[1]
+
+
+def test_other_settings_wipe_the_partial_state_and_say_so(finished, tmp_path):
+    arguments, work = command(finished, "model", tmp_path / "model")
+    kill_after_progress(arguments, work, signal.SIGKILL, delay=0)
+    changed = [argument.replace('"seed": 0', '"seed": 1') for argument in arguments]
+    assert changed != arguments
+    said = run_to_the_end(changed)
+    assert "wiping" in said
+    assert "continuing" not in said
+
+
+def test_a_second_runner_is_refused_with_the_name_of_the_first(finished, tmp_path):
+    arguments, work = command(finished, "model", tmp_path / "model")
+    first = subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL)
+    try:
+        while not (work / "fingerprint.json").exists():
+            time.sleep(0.01)
+        second = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 1
+    assert f"process {first.pid} on {os.uname().nodename}, started" in second.stderr
+    assert "Traceback" not in second.stderr
+    assert "continuing" in run_to_the_end(arguments)  # the lock of a killed process holds nobody up
+
+
+def test_two_runs_with_one_seed_give_identical_manifests(finished, tmp_path):
+    for name in ("one", "two"):
+        run_to_the_end(command(finished, "tune", tmp_path / name)[0])
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("one", "two")]
+    assert manifests[0] == manifests[1]
