@@ -171,15 +171,16 @@ def consolidate(
     tokens: Folder,
     work: Annotated[Path, typer.Option(help="Folder that the parts share.")],
     out: Out,
+    stamp: Annotated[list[Path], typer.Option(help="Stamp of each part, in order, repeated.")],
 ) -> None:
     """Check the parts of a dump and publish the activation store.
 
     Example: rlsae consolidate --settings ... --policy results/models/tiny --tokens results/tokens/tiny.reviews
-    --work /scratch/dump --out results/activations/tiny.reviews/mlp/layers-3
+    --work /scratch/dump --stamp /scratch/part-0.json --out results/activations/tiny.reviews/mlp/layers-3
     """
     from rlsae.activations.extract import consolidate as publish
 
-    publish(_json(settings), out, work, policy, tokens)
+    publish(_json(settings), out, work, policy, tokens, stamp)
 
 
 @app.command()

@@ -215,6 +215,7 @@ class Activation(Entry):
         1_048_576, description="Rows that one job dumps; parts run side by side."
     )
     dtype: Literal["float16", "float32"] = Field("float16", description="Number format of the stored rows.")
+    keep: bool = Field(True, description="Keep the stores; false: delete each once everything made from it is done.")
 
 
 class Dictionary(Entry):

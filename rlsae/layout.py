@@ -30,6 +30,8 @@ class Artifact:
     """What its manifest must hold as parameters."""
     files: dict[str, Path] = field(default_factory=dict)
     """Files outside the results that it is made from, by the label that its manifest gives them."""
+    temporary: bool = False
+    """Whether its data may be gone once what is made from it is done."""
 
 
 def run_this_checkout(folder: str) -> None:
@@ -196,7 +198,9 @@ class Layout:
 
     def _activations(self, study: Study, policy: str, kind: str) -> Artifact:
         folder = RESULTS / "activations" / f"{policy}.{study.corpus}" / study.activation / kind
-        return Artifact("activations", folder, self.activation_settings(study.activation, kind, policy))
+        temporary = not self.config.activations[study.activation].keep
+        settings = self.activation_settings(study.activation, kind, policy)
+        return Artifact("activations", folder, settings, temporary=temporary)
 
     @staticmethod
     def _files(entry: Entry, label: str) -> dict[str, Path]:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOCK = "lock"
+OUTPUTS = "outputs"
 FINGERPRINT = "fingerprint.json"
 SAVE_SECONDS = 60.0
 """Time between two partial states; `RLSAE_SAVE_SECONDS` overrides. It changes no result."""
@@ -53,6 +54,7 @@ class Stage:
         inputs: label → artifact folder or file that it is made from.
         work: private folder for partial state; beside `out` by default.
         state_version: raise it when a stage changes the meaning of its partial state.
+        keep_outputs: outputs that an earlier run has staged are partial state too: keep them.
 
     Raises:
         RlsaeError: an input is missing, or another process works on the same artifact.
@@ -66,10 +68,12 @@ class Stage:
         inputs: dict[str, Path],
         work: Path | None = None,
         state_version: int = 1,
+        keep_outputs: bool = False,
     ) -> None:
         self.name, self.out, self.parameters = name, out, parameters
         self.inputs = input_digests(inputs)
         self.work = work or out.parent / f".{out.name}.work"
+        self.keep_outputs = keep_outputs
         self.fingerprint = fingerprint(name, parameters, self.inputs, state_version)
         self.details: dict[str, Any] = {}
         """Goes to provenance.json."""
@@ -78,9 +82,10 @@ class Stage:
         self._started = self._saved = time.monotonic()
         self._lock = hold(self.work / LOCK)
         claim(self.work, self.fingerprint)
-        self.staging = self.work / "outputs"
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self.staging.mkdir()
+        self.staging = self.work / OUTPUTS
+        if not self.keep_outputs:
+            shutil.rmtree(self.staging, ignore_errors=True)
+        self.staging.mkdir(exist_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -56,7 +56,7 @@ def _state(artifact: Artifact, states: dict[Path, State]) -> State:
     if differing:
         return State(artifact, f"made with other settings: {', '.join(sorted({key for key, _ in differing}))}")
     for name in manifest.outputs:
-        if not (artifact.folder / name).exists():
+        if not (artifact.folder / name).exists() and not artifact.temporary:
             return State(artifact, f"{name} is missing")
     for identity, made_from in manifest.inputs.items():
         if identity.startswith("file:"):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +28,7 @@ from rlsae.compute import device
 from rlsae.errors import RlsaeError
 from rlsae.models import Hook, blocks, component, load, module_path, output_tensor, width
 from rlsae.progress import Progress
-from rlsae.resumable import FINGERPRINT, LOCK, Stage, claim, fingerprint, hold, waiting_lock
+from rlsae.resumable import FINGERPRINT, LOCK, OUTPUTS, Stage, claim, fingerprint, hold, waiting_lock
 
 BATCH_TOKENS = 8192
 """Tokens of a forward pass, padding included."""
@@ -53,7 +52,7 @@ def extract_part(
     layers = layers_of_model(model, settings["layers"])
     rows = available_rows(tokens, settings["rows"])
     with join(work, mark(settings, policy, tokens_folder)), hold(work / f"part-{part}.{LOCK}"):
-        path = work / STORE
+        path = work / OUTPUTS / STORE
         with waiting_lock(work / f"create.{LOCK}"):
             if not (work / "created").exists():
                 names = {str(layer): module_path(model, layer, settings["hook"]) for layer in layers}
@@ -80,17 +79,24 @@ def extract_part(
         write_atomically(stamp, json.dumps({"rows": [list(shard) for shard in shards]}) + "\n")
 
 
-def consolidate(settings: dict[str, Any], out: Path, work: Path, policy: Path, tokens_folder: Path) -> None:
+def consolidate(
+    settings: dict[str, Any], out: Path, work: Path, policy: Path, tokens_folder: Path, stamps: Sequence[Path] = ()
+) -> None:
     """Check that every shard is there and whole, add the statistics, and publish the store.
+
+    Args:
+        stamps: of the parts, in their order; that of a part with a bad shard is deleted, so that the part runs again.
 
     Raises:
         RlsaeError: names the layer and rows of the first shard that is missing or was changed.
     """
     inputs = {"policy": policy, "tokens": tokens_folder}
-    with Stage("activations", out, settings, inputs, work) as stage:
-        path = work / STORE
+    with Stage("activations", out, settings, inputs, work, keep_outputs=True) as stage:
+        path = stage.staging / STORE
         if not (work / "created").exists():
-            raise RlsaeError(f"{work} holds no parts of this dump; run its parts first")
+            for stamp in stamps:
+                stamp.unlink(missing_ok=True)
+            raise RlsaeError(f"{work} holds no parts of this dump; run this stage again: all parts will be recomputed")
         group = zarr.open_group(path, mode="r")
         arrays = {int(name): group[f"layer/{name}/acts"] for name in group["layer"].group_keys()}
         layers = sorted(arrays)
@@ -102,6 +108,8 @@ def consolidate(settings: dict[str, Any], out: Path, work: Path, policy: Path, t
                 file = shard_file(path, arrays[layer], layer, first)
                 if not file.exists() or expected.get(str(layer)) != digest(file):
                     done.unlink(missing_ok=True)
+                    for stamp in stamps[first // settings["rows_per_part"] :][:1]:
+                        stamp.unlink(missing_ok=True)
                     raise RlsaeError(
                         f"layer {layer}: the shard from row {first} on is missing or damaged ({file}); "
                         "run this stage again: its part will be recomputed"
@@ -110,8 +118,6 @@ def consolidate(settings: dict[str, Any], out: Path, work: Path, policy: Path, t
         documents = group["held_out"].shape[0]
         tokens = Tokens.open(tokens_folder)
         dropped = int(tokens.start[documents]) - int(tokens.row_start()[documents])
-        (stage.staging / "store").mkdir()
-        shutil.move(path, stage.staging / STORE)
         stage.publish(
             {
                 "documents": documents,

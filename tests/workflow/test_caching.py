@@ -196,3 +196,14 @@ def test_orphans_are_what_no_configuration_names(run):
     run.rlsae("orphans", "study.yaml", "--delete")
     assert not (run.workdir / "results/policies/local.own-ppo").exists()
     assert run.planned("results/reports/main/manifest.json") == {"model": 1, "tune": 1}  # of the targets of this test alone
+
+
+def test_stores_that_are_not_kept_go_once_they_are_used_and_nothing_reruns(run):
+    run.set("activations.mlp.rows", 2048)
+    run.set("activations.mlp.keep", False)
+    done = run.snakemake("--show-failed-logs", "--", "results/reports/main/manifest.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(run.workdir.glob("results/activations/*/mlp/layers-*/store"))
+    assert len(list(run.workdir.glob("results/activations/*/mlp/layers-*/manifest.json"))) == 2
+    assert run.planned() == {}
+    assert run.rlsae("status", "study.yaml").stdout.count("stale") == 0

@@ -106,6 +106,7 @@ def test_a_killed_dump_recomputes_only_its_missing_shards(finished, tmp_path):
                 process.wait()
             run_to_the_end(arguments)
         consolidate = [sys.executable, "-m", "rlsae", "consolidate", *shared, "--work", work, "--out", out]
+        consolidate += [option for part in range(3) for option in ("--stamp", out / f"part-{part}.json")]
         run_to_the_end([str(argument) for argument in consolidate])
 
     dump(tmp_path / "whole", kill=False)

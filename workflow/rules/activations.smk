@@ -73,6 +73,8 @@ rule activation_store:
         "logs/activations/{policy}.{corpus}/{activation}/{kind}/store.log",
     benchmark:
         "benchmarks/activations/{policy}.{corpus}/{activation}/{kind}/store.tsv"
+    wildcard_constraints:
+        activation=one_of(name for name, entry in CONFIG.activations.items() if entry.keep),
     conda:
         "../../envs/rlsae.yaml"
     threads: 1
@@ -85,6 +87,16 @@ rule activation_store:
         policy=lambda wildcards: policy_folder(wildcards.policy),
         tokens=lambda wildcards: f"results/tokens/{model_of(wildcards.policy)}.{wildcards.corpus}",
         work="results/.work/activations/{policy}.{corpus}/{activation}/{kind}",
+        stamps=lambda wildcards, input: " ".join(f"--stamp {stamp}" for stamp in input.parts),
     shell:
         "python -m rlsae consolidate --settings {params.settings:q} --policy {params.policy} --tokens {params.tokens}"
-        " --work {params.work} --out $(dirname {output.manifest}) >> {log} 2>&1"
+        " --work {params.work} --out $(dirname {output.manifest}) {params.stamps} >> {log} 2>&1"
+
+
+# The same for `keep: false`: the store goes once everything made from it is done.
+use rule activation_store as activation_store_temporary with:
+    output:
+        store=temp(directory("results/activations/{policy}.{corpus}/{activation}/{kind}/store")),
+        manifest=ensure("results/activations/{policy}.{corpus}/{activation}/{kind}/manifest.json", non_empty=True),
+    wildcard_constraints:
+        activation=one_of(name for name, entry in CONFIG.activations.items() if not entry.keep),

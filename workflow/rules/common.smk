@@ -26,6 +26,11 @@ except RlsaeError as error:
 LAYOUT = Layout(CONFIG)
 
 
+def one_of(names):
+    """A pattern that matches these names and nothing else."""
+    return "|".join(names) or "(?!)"
+
+
 wildcard_constraints:
     corpus=r"[a-z0-9-]+",
     model=r"[a-z0-9-]+",
@@ -157,18 +162,24 @@ def base_and_tuned_files(study, kind):
     return [file for policy in roles(study).values() for file in activation_files(policy, study, kind)]
 
 
+def kept_activations(study, kind):
+    """Manifests, and stores but for those that may go once they have been used."""
+    keep = CONFIG.activations[CONFIG.studies[study].activation].keep
+    return [file for file in base_and_tuned_files(study, kind) if keep or Path(file).name != "store"]
+
+
 STAGES = {
     "corpora": lambda study: [file for corpus in sorted(corpora_of(study)) for file in corpus_files(corpus)],
     "models": lambda study: policy_files(CONFIG.studies[study].base),
     "policies": lambda study: policy_files(CONFIG.studies[study].tuned)
     + policy_files(CONFIG.studies[study].tuned.split("@")[0]),
     "tokens": lambda study: token_files(CONFIG.studies[study].model, CONFIG.studies[study].corpus),
-    "survey": lambda study: base_and_tuned_files(study, SURVEY),
+    "survey": lambda study: kept_activations(study, SURVEY),
     "divergence": lambda study: [
         f"results/divergence/{study}/manifest.json",
         f"results/divergence/{study}/chosen.json",
     ],
-    "activations": lambda study: base_and_tuned_files(study, kind_of(layers_of_study(study))),
+    "activations": lambda study: kept_activations(study, kind_of(layers_of_study(study))),
     "dictionaries": dictionary_files,
     "comparison": lambda study: [f"results/comparison/{study}/manifest.json"],
     "interpretation": lambda study: [f"results/interpretation/{study}/manifest.json"],
