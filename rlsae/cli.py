@@ -36,7 +36,7 @@ ConfigFile = Annotated[Path, typer.Argument(help="Configuration file.")]
 
 def main() -> None:
     """Run the command line; mistakes that people can mend are explained without a traceback."""
-    # Waiting threads sleep instead of spinning: on a shared machine spinning costs 2-5 times, on a quiet one it gains nothing.
+    # Waiting threads sleep instead of spinning: that costs a tenth on a quiet machine and saves 2-5 times on a shared one.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     debug = "--debug" in sys.argv
     if debug:

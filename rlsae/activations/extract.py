@@ -55,11 +55,19 @@ def extract_part(
         path = work / OUTPUTS / STORE
         with waiting_lock(work / f"create.{LOCK}"):
             if not (work / "created").exists():
-                names = {str(layer): module_path(model, layer, settings["hook"]) for layer in layers}
                 zarr_store.create(
-                    path, tokens, rows, layers, width(model), settings["dtype"], settings["rows_per_part"],
-                    hook=settings["hook"], modules=names,
-                )  # fmt: skip
+                    path,
+                    tokens,
+                    rows,
+                    layers,
+                    width(model),
+                    settings["dtype"],
+                    settings["rows_per_part"],
+                    policy=policy_name(policy, settings["checkpoint"]),
+                    inputs=input_digests({"policy": policy, "tokens": tokens_folder}),
+                    hook=settings["hook"],
+                    modules={str(layer): module_path(model, layer, settings["hook"]) for layer in layers},
+                )
                 write_atomically(work / "created", "")
         group = zarr.open_group(path, mode="a")
         arrays = {layer: group[f"layer/{layer}/acts"] for layer in layers}
@@ -128,6 +136,11 @@ def consolidate(
                 "bytes": stored_bytes(stage.staging),
             }
         )
+
+
+def policy_name(policy: Path, checkpoint: int | None) -> str:
+    """`tiny`, `tiny.ppo` or `tiny.ppo@12`."""
+    return policy.name if checkpoint is None else f"{policy.name}@{checkpoint}"
 
 
 def mark(settings: dict[str, Any], policy: Path, tokens_folder: Path) -> str:

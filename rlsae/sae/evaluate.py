@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from rlsae.activations.extract import length_buckets, padded
 from rlsae.activations.store import ActivationStore
@@ -18,7 +19,7 @@ from rlsae.sae.dictionary import SparseAutoencoder
 
 ROWS = 8192
 """Rows that are encoded at once."""
-CE_DOCUMENTS = 256
+CE_DOCUMENTS = 128
 """Held-out documents of `ce_recovered`."""
 
 
@@ -63,33 +64,35 @@ def held_out_quality(sae: SparseAutoencoder, store: ActivationStore, layer: int,
 
 @torch.inference_mode()
 def ce_recovered(
-    sae: SparseAutoencoder, weights: Path, tokens_folder: Path, layer: int, hook: Hook, where: torch.device
-) -> float:
-    """(CE_zero - CE_sae) / (CE_zero - CE_clean): next-token loss on held-out documents when the hooked output is replaced.
+    saes: list[SparseAutoencoder], weights: Path, tokens_folder: Path, layer: int, hook: Hook, where: torch.device
+) -> list[float]:
+    """(CE_zero - CE_sae) / (CE_zero - CE_clean) of each dictionary: next-token loss when it replaces the hooked output.
 
-    1 means that the reconstruction serves the model as well as the original, 0 no better than zeros.
+    1 means that the reconstruction serves the model as well as the original, 0 no better than zeros. Measured on the first
+    held-out documents.
     """
     tokens = Tokens.open(tokens_folder)
     model, _ = load(weights, where)
     documents = np.flatnonzero(tokens.held_out)[:CE_DOCUMENTS]
-
-    def reconstruct(acts_BTD: Tensor) -> Tensor:
-        return sae.decode(sae.encode(acts_BTD.flatten(0, 1))).view_as(acts_BTD)
-
-    sums = np.zeros(3)
+    replacements = [torch.zeros_like, *(_reconstruction(sae) for sae in saes)]
+    clean, replaced = 0.0, np.zeros(len(replacements))
     for batch in length_buckets(tokens, documents.tolist()):
         ids_BT = padded(tokens, batch).to(where)
-        lengths_B = torch.tensor([len(tokens.ids(d)) for d in batch], device=where)
+        lengths_B = torch.tensor([len(tokens.ids(document)) for document in batch], device=where)
         real_BT = torch.arange(1, ids_BT.shape[1], device=where) < lengths_B[:, None]
+        clean += _summed_loss(model, ids_BT, real_BT)
+        for number, function in enumerate(replacements):
+            with replace_output(model, layer, hook, function):
+                replaced[number] += _summed_loss(model, ids_BT, real_BT)
+    zeroed, *reconstructed = replaced
+    return [float((zeroed - loss) / (zeroed - clean)) for loss in reconstructed]
 
-        def loss(ids_BT: Tensor = ids_BT, real_BT: Tensor = real_BT) -> float:
-            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
-            return F.cross_entropy(logits_BTV[real_BT].float(), ids_BT[:, 1:][real_BT], reduction="sum").item()
 
-        sums[0] += loss()
-        with replace_output(model, layer, hook, reconstruct):
-            sums[1] += loss()
-        with replace_output(model, layer, hook, torch.zeros_like):
-            sums[2] += loss()
-    clean, reconstructed, zeroed = sums
-    return float((zeroed - reconstructed) / (zeroed - clean))
+def _reconstruction(sae: SparseAutoencoder) -> Callable[[Tensor], Tensor]:
+    return lambda acts_BTD: sae.decode(sae.encode(acts_BTD.flatten(0, 1))).view_as(acts_BTD)
+
+
+def _summed_loss(model: PreTrainedModel, ids_BT: Tensor, real_BT: Tensor) -> float:
+    """Next-token cross-entropy in nats, summed over the tokens that follow another one."""
+    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits_BTV[real_BT].float(), ids_BT[:, 1:][real_BT], reduction="sum").item()

@@ -52,28 +52,28 @@ def build_dictionaries(
         mean_D, scale = centre_and_scale(store, layer, entry.normalize, where)
         members, curves, rows_trained = train(store, layer, entry, mean_D, scale, stage, where)
         curves.to_parquet(stage.staging / "metrics.parquet", index=False)
-        metrics = {}
-        for seed, member in members.items():
-            hook = store.group.attrs["modules"][str(layer)]
-            sae = replace(
+        hook = store.group.attrs["hook"]
+        digest = stage.inputs[artifact_id(activations, "activations")]
+        provenance = {"layer": layer, "settings": settings, "activations": digest}
+        saes = [
+            replace(
                 member.export(mean_D, scale),
                 metadata={
-                    "model_name": artifact_id(activations, "activations").split("/")[1],
+                    "model_name": store.group.attrs["policy"],
                     "model_class_name": "AutoModelForCausalLM",
-                    "hook_name": hook,
+                    "hook_name": store.group.attrs["modules"][str(layer)],
                     "training_architecture": entry.architecture,
-                    "rlsae": {
-                        "layer": layer,
-                        "seed": seed,
-                        "settings": settings,
-                        "activations": stage.inputs[artifact_id(activations, "activations")],
-                    },
+                    "rlsae": {"seed": seed, **provenance},
                 },
             )
+            for seed, member in members.items()
+        ]
+        recovered = ce_recovered(saes, weights, tokens, layer, hook, where)
+        metrics = {}
+        for seed, sae, share in zip(members, saes, recovered, strict=True):
             sae.save(stage.staging / SAES / f"seed{seed}")
             quality = held_out_quality(sae, store, layer, where)
-            quality["ce_recovered"] = ce_recovered(sae, weights, tokens, layer, store.group.attrs["hook"], where)
-            metrics[f"seed{seed}"] = {**quality, "rows_trained": rows_trained}
+            metrics[f"seed{seed}"] = {**quality, "ce_recovered": share, "rows_trained": rows_trained}
         stage.details["device"] = str(where)
         stage.publish(metrics)
 
