@@ -4,6 +4,7 @@ CORES ?= $(shell nproc)
 VENV := .venv
 BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --workflow-profile workflow/profiles/default --cores $(CORES)
+PYTEST := $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
 
 .PHONY: demo test test-all lint benchmarks clean
 .DELETE_ON_ERROR:
@@ -14,10 +15,10 @@ demo: $(VENV)/installed
 	@echo "The report: $(CURDIR)/results/reports/demo/index.html"
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/installed lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -32,7 +33,7 @@ benchmarks: $(VENV)/installed
 # torch first and alone: the CPU build, which the rest must not replace.
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $$(grep '^torch==' requirements.lock) $(TORCH_ARGS)
+	$(BIN)/pip install --quiet $$(grep '^torch==' requirements.lock)
 	$(BIN)/pip install --quiet --requirement requirements.lock
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).parents[2]
 WORDS = ["good", "great", "bad", "awful", "film", "story", "actor", "music", "the", "a", "was", "and", "i", "saw", "it", "."]
@@ -110,11 +111,23 @@ def clean_environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Run:
-    """The run that is copied: never change it."""
-    run = Run(tmp_path_factory.mktemp("finished"))
+def finished(tmp_path_factory, worker_id) -> Run:
+    """The run that is copied: never change it. Test processes that run side by side share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "finished"
+    run = Run(folder)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            build(run)
+            (folder / "done").touch()
+    return run
+
+
+def build(run: Run) -> None:
+    """Copy the code, write the inputs, and run the workflow."""
+    run.repository.mkdir(parents=True)
     for name in ("Snakefile", "config.yaml"):
-        run.repository.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, run.repository / name)
     for name in ("workflow", "rlsae", "envs"):
         shutil.copytree(REPOSITORY / name, run.repository / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -122,7 +135,6 @@ def finished(tmp_path_factory) -> Run:
     run.write_config(copy.deepcopy(TINY))
     done = run.snakemake("--show-failed-logs", "--", *FINISHED)
     assert done.returncode == 0, done.stdout + done.stderr
-    return run
 
 
 @pytest.fixture
