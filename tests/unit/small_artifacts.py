@@ -74,7 +74,8 @@ def write_store(folder, tokens, acts, rows_per_part=64, dtype="float32", hook="m
     path = folder / zarr_store.STORE
     rows, channels = next(iter(acts.values())).shape
     modules = {str(layer): f"blocks.{layer}.{hook}" for layer in acts}
-    zarr_store.create(path, tokens, rows, list(acts), channels, dtype, rows_per_part, hook=hook, modules=modules)
+    attributes = {"policy": "tiny", "hook": hook, "modules": modules}
+    zarr_store.create(path, tokens, rows, list(acts), channels, dtype, rows_per_part, **attributes)
     group = zarr.open_group(path, mode="a")
     for layer, rows_ND in acts.items():
         group[f"layer/{layer}/acts"][:] = rows_ND.astype(dtype)

@@ -192,6 +192,19 @@ def test_the_manifest_counts_what_is_stored(new_dump):
     }
 
 
+@pytest.mark.parametrize(("checkpoint", "name"), [(None, "tiny"), (12, "tiny@12")])
+def test_a_store_says_which_policy_and_tokens_it_is_of(new_dump, policy, tokens, checkpoint, name):
+    out = new_dump(checkpoint=checkpoint).parts().publish()
+    attributes = dict(ActivationStore(out).group.attrs)
+    assert attributes["policy"] == name
+    assert attributes["hook"] == "mlp"
+    assert attributes["inputs"] == Manifest.read(out).inputs
+    assert attributes["inputs"] == {
+        "models/tiny": digest(policy / MANIFEST),
+        "tokens/tiny.reviews": digest(tokens / MANIFEST),
+    }
+
+
 def test_the_statistics_are_part_of_the_published_store(new_dump):
     store = ActivationStore(new_dump().parts().publish())
     mean, second_moment = store.statistics(1)

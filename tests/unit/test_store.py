@@ -143,7 +143,8 @@ def test_plain_zarr_and_xarray_open_a_store_without_this_package(store, tmp_path
     }
     assert found["row"] == [17.0] * 4
     assert found["rows"] == {"row": store.rows, "document": len(LENGTHS)}
-    assert found["attributes"] == {"schema": 1, "hook": "mlp", "modules": {"0": "blocks.0.mlp", "1": "blocks.1.mlp"}}
+    modules = {"0": "blocks.0.mlp", "1": "blocks.1.mlp"}
+    assert found["attributes"] == {"schema": 1, "policy": "tiny", "hook": "mlp", "modules": modules}
     assert found["uses"] is False
 
 
