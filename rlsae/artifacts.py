@@ -84,9 +84,13 @@ class Manifest:
             raise RlsaeError(f"{folder} is no finished artifact: it has no {MANIFEST}; run the stage that makes it") from None
         except ValueError:
             raise RlsaeError(f"{path} is not valid JSON; delete it and rerun the stage that makes it") from None
-        if content.get("schema") != SCHEMA:
-            raise RlsaeError(f"{path} has schema {content.get('schema')}; this version of rlsae reads schema {SCHEMA}")
-        return cls(**content)
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema != SCHEMA:
+            raise RlsaeError(f"{path} has schema {schema}; this version of rlsae reads schema {SCHEMA}")
+        try:
+            return cls(**content)
+        except TypeError:
+            raise RlsaeError(f"{path} is no manifest of an artifact; delete it and rerun the stage that makes it") from None
 
     def to_json(self) -> str:
         """The bytes that are written and digested."""

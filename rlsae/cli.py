@@ -16,6 +16,10 @@ import typer
 from rlsae import config
 from rlsae.errors import RlsaeError
 from rlsae.expand import load, parse_settings
+from rlsae.layout import PER_TOKENS
+
+DUMP = ("hook", "layers", "rows", "rows_per_part", "dtype", "checkpoint")
+"""Settings of a dump."""
 
 app = typer.Typer(
     help="What did this tuning change inside my language model, and how sure are we?",
@@ -71,7 +75,8 @@ def corpus(settings: Settings, out: Out, work: Work = None, source: MaybeFile = 
     from rlsae.corpora import build_corpus
 
     entry = parse_settings(config.AnyCorpus, _with_path(settings, source))
-    build_corpus(entry, _json(settings), out, work, source)
+    given = {key: value for key, value in entry.settings().items() if key not in PER_TOKENS}
+    build_corpus(entry, given, out, work, source)
 
 
 @app.command()
@@ -95,7 +100,8 @@ def model(
     entry = parse_settings(config.AnyModel, _with_path(_text(given), source))
     if isinstance(entry, config.PretrainedModel) and (corpus is None or length is None):
         raise RlsaeError("--corpus and a context_length in --settings are needed to pretrain a model")
-    build_model(entry, _json(settings), out, work, source, corpus)
+    shaped = entry.settings() | ({"context_length": length} if length is not None else {})
+    build_model(entry, shaped, out, work, source, corpus)
 
 
 @app.command()
@@ -117,10 +123,11 @@ def tune(
     _configure(threads)
     from rlsae.tuning.stage import build_policy
 
-    given = _json(settings)
+    given = _json(settings, "tuning", "reward")
     entry = parse_settings(config.PPOTuning, _text(given["tuning"]))
     reward = parse_settings(config.AnyReward, _with_path(_text(given["reward"]), reward_file))
-    build_policy(entry, reward, given, out, work, base, corpus, reward_file)
+    shaped = {"tuning": entry.settings(), "reward": reward.settings()}
+    build_policy(entry, reward, shaped, out, work, base, corpus, reward_file)
 
 
 @app.command()
@@ -138,7 +145,7 @@ def tokens(
     """
     from rlsae.activations.tokens import build_tokens
 
-    build_tokens(_json(settings), out, work, model, corpus)
+    build_tokens(_json(settings, "seed", *PER_TOKENS), out, work, model, corpus)
 
 
 @app.command()
@@ -161,7 +168,7 @@ def extract(
     _configure(threads)
     from rlsae.activations.extract import extract_part
 
-    extract_part(_json(settings), part, stamp, work, policy, weights, tokens)
+    extract_part(_json(settings, *DUMP), part, stamp, work, policy, weights, tokens)
 
 
 @app.command()
@@ -180,7 +187,7 @@ def consolidate(
     """
     from rlsae.activations.extract import consolidate as publish
 
-    publish(_json(settings), out, work, policy, tokens, stamp)
+    publish(_json(settings, *DUMP), out, work, policy, tokens, stamp)
 
 
 @app.command()
@@ -204,7 +211,9 @@ def divergence(
     """
     from rlsae.divergence import build_divergence
 
-    build_divergence(_json(settings), out, work, base, tuned, base_weights, tuned_weights, survey_base, survey_tuned, same_as)
+    build_divergence(
+        _json(settings, "layers"), out, work, base, tuned, base_weights, tuned_weights, survey_base, survey_tuned, same_as
+    )
 
 
 @app.command()
@@ -228,7 +237,7 @@ def dictionary(
     from rlsae.sae.train import build_dictionaries
 
     entry = parse_settings(config.Dictionary, settings)
-    build_dictionaries(entry, _json(settings), layer, out, work, activations, weights, tokens)
+    build_dictionaries(entry, entry.settings(), layer, out, work, activations, weights, tokens)
 
 
 @app.command()
@@ -249,7 +258,7 @@ def compare(
     _configure(threads)
     from rlsae.comparison.stage import build_comparison
 
-    build_comparison(_json(settings), out, work, _dictionaries(dictionary), _pairs(store))
+    build_comparison(_json(settings, "dictionaries", "sizes"), out, work, _dictionaries(dictionary), _pairs(store))
 
 
 @app.command()
@@ -367,13 +376,20 @@ def schema() -> None:
 # --- reading options ---------------------------------------------------------------------------------------------
 
 
-def _json(text: str) -> dict[str, Any]:
+def _json(text: str, *required: str) -> dict[str, Any]:
+    """The object that --settings holds; it must have the required keys."""
     import json
 
     try:
-        return json.loads(text)
+        given = json.loads(text)
     except ValueError as error:
         raise RlsaeError(f"--settings is not valid JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise RlsaeError(f"--settings: expected an object, found {text!r:.60}")
+    missing = [key for key in required if key not in given]
+    if missing:
+        raise RlsaeError(f"--settings: the key {missing[0]} is missing; expected: {', '.join(required)}")
+    return given
 
 
 def _text(values: dict[str, Any]) -> str:

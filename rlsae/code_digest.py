@@ -12,6 +12,8 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from rlsae.errors import RlsaeError
+
 PACKAGE = Path(__file__).parent
 NEUTRAL = {"config.py", "expand.py", "errors.py", "progress.py", "artifacts.py", "resumable.py", "layout.py"}
 """Settings reach a stage as parameters of their own, and how a stage saves and publishes does not change what it makes."""
@@ -24,10 +26,15 @@ def code_digest(*modules: str) -> str:
         modules: dotted names relative to the package, `tuning.ppo`; a package stands for all its modules.
     """
     closure: set[Path] = set()
-    queue = [path for module in modules for path in _files(module.split("."))]
+    queue = []
+    for module in modules:
+        files = _files(module.split("."))
+        if not files:
+            raise RlsaeError(f"rlsae has no module {module}")
+        queue += files
     while queue:
         path = queue.pop()
-        if path not in closure and path.name not in NEUTRAL:
+        if path not in closure and path.relative_to(PACKAGE).as_posix() not in NEUTRAL:
             closure.add(path)
             queue += _parse(path)[1]
     lines = [f"{path.relative_to(PACKAGE).as_posix()} {_parse(path)[0]}" for path in sorted(closure)]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 SLUG = r"[a-z0-9]+(-[a-z0-9]+)*"
 Slug = Annotated[str, Field(pattern=f"^{SLUG}$")]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 IS_PATH = Field(json_schema_extra={"file": True})
 """Metadata of a path on this machine: never part of a manifest; the file's digest is."""
@@ -27,7 +28,7 @@ def reference(section: str) -> Any:
 CorpusName = Annotated[Slug, reference("corpora")]
 ModelName = Annotated[Slug, reference("models")]
 RewardName = Annotated[Slug, reference("rewards")]
-TuningOrCheckpoint = Annotated[str, Field(pattern=rf"^{SLUG}(@\d+)?$"), reference("tunings")]
+TuningOrCheckpoint = Annotated[str, Field(pattern=rf"^{SLUG}(@[1-9]\d*)?$"), reference("tunings")]
 ActivationName = Annotated[Slug, reference("activations")]
 DictionaryNames = Annotated[list[Slug], Field(min_length=1), reference("dictionaries")]
 
@@ -37,7 +38,7 @@ RESERVED = {"index", "paper"}
 class Entry(BaseModel):
     """One named entry of a section. Unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
     def marked(cls, mark: str) -> dict[str, Any]:
@@ -54,7 +55,7 @@ class Entry(BaseModel):
 
 
 class Corpus(Entry):
-    seed: int = Field(0, description="Shuffles the documents and draws the held-out ones.")
+    seed: Seed = Field(0, description="Shuffles the documents and draws the held-out ones.")
     documents: Positive | None = Field(None, description="Use at most so many documents, drawn by the seed; null: all.")
     held_out: Share = Field(0.1, description="Share of documents that train nothing; scores are measured on them.")
     context_length: Positive = Field(64, description="Documents are cut after so many tokens.")
@@ -100,7 +101,7 @@ class PretrainedModel(Entry):
 
     source: Literal["pretrain"]
     corpus: CorpusName = Field(description="Corpus whose not held-out documents train it.")
-    seed: int = Field(0, description="Initial weights and order of the documents.")
+    seed: Seed = Field(0, description="Initial weights and order of the documents.")
     vocabulary: Annotated[int, Field(ge=260)] = Field(1024, description="Size of the BPE vocabulary.")
     layers: Positive = Field(4, description="Number of blocks.")
     width: Positive = Field(128, description="Model width (channels of the residual stream).")
@@ -163,7 +164,7 @@ class PPOTuning(Entry):
     method: Literal["ppo"]
     reward: RewardName = Field(description="Entry of `rewards` to maximise.")
     corpus: CorpusName = Field(description="Corpus whose documents are cut into prompts; held-out ones serve the evaluation.")
-    seed: int = Field(0, description="Prompts, sampling and value head.")
+    seed: Seed = Field(0, description="Prompts, sampling and value head.")
     batches: Positive = Field(24, description="Rollout batches.")
     batch_size: Positive = Field(128, description="Responses per rollout batch.")
     minibatch_size: Positive = Field(32, description="Responses per optimizer step.")
@@ -230,7 +231,14 @@ class Dictionary(Entry):
     batch_rows: Positive = Field(1024, description="Rows per optimizer step.")
     warmup_share: Share = Field(0.05, description="Share of the run with rising learning rate.")
     decay_share: Share = Field(0.2, description="Share of the run, at its end, with falling learning rate.")
-    seeds: list[int] = Field([0, 1], min_length=1, description="One sparse autoencoder each, from one read of the rows.")
+    seeds: list[Seed] = Field([0, 1], min_length=1, description="One sparse autoencoder each, from one read of the rows.")
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("the same seed twice is no replication")
+        return seeds
 
 
 class Choice(Entry):
@@ -246,7 +254,7 @@ class Choice(Entry):
 class SameAs(Entry):
     """The layers of another study, so that both compare the same ones."""
 
-    same_as: Slug
+    same_as: Slug = Field(description="Study whose layers are taken over.")
 
 
 def _layers_variant(value: Any) -> str:
@@ -270,8 +278,8 @@ Layers = Annotated[
 class Sizes(Entry):
     """The paper's small and big dictionary, between which it matches latents."""
 
-    small: Slug
-    big: Slug
+    small: Slug = Field(description="One of the study's dictionaries.")
+    big: Slug = Field(description="Another one, with more latents.")
 
 
 class Interpretation(Entry):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def _read_file(path: Path, field: str) -> list[Any]:
 def _read_lines(path: Path) -> list[str]:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise RlsaeError(f"cannot read {path}: {error}") from None
     try:
         return io.StringIO(raw.decode("utf-8"), newline=None).read().split("\n")

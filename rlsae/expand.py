@@ -21,10 +21,21 @@ from rlsae.errors import RlsaeError
 Raw = dict[str, Any]
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice; YAML would keep the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is written twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: Path | str) -> Config:
     """Read and validate a YAML configuration file."""
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise RlsaeError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -80,6 +91,9 @@ def _expand(section: str, name: str, entry: Raw, families: dict[str, dict[str, l
     listed = [k for k, v in entry.items() if isinstance(v, list) and k in kind.model_fields and not _takes_list(kind, k)]
     if not listed:
         return {name: entry}
+    for key in listed:
+        if not entry[key]:
+            raise RlsaeError(f"{section}.{name}.{key}: an empty list expands to no entry; remove the key or give a value")
     members = {}
     for values in itertools.product(*(entry[key] for key in listed)):
         chosen = dict(zip(listed, values, strict=True))
@@ -172,7 +186,7 @@ def explain(error: ValidationError, kind: Any) -> str:
     """One line per mistake: the key, what was found, what was expected."""
     lines = []
     for mistake in error.errors():
-        location = [part for part in mistake["loc"] if not _is_variant(part, mistake)]
+        location = [part for place, part in enumerate(mistake["loc"]) if not _is_variant(part, place, mistake)]
         key = ".".join(str(part) for part in location if part != "[key]")
         message = mistake["msg"].removeprefix("Value error, ")
         if mistake["type"] == "extra_forbidden":
@@ -180,7 +194,11 @@ def explain(error: ValidationError, kind: Any) -> str:
         elif mistake["type"] == "string_pattern_mismatch":
             message = f"{mistake['input']!r} is no slug (lower-case letters, digits and single hyphens)"
         elif mistake["type"] in ("union_tag_invalid", "literal_error"):
+            if "discriminator" in mistake["ctx"]:
+                key += "." + mistake["ctx"]["discriminator"].strip("'")
             expected = mistake["ctx"].get("expected_tags") or mistake["ctx"]["expected"]
+            if location[-1] == "layers":
+                expected = "'all', a list of layers, a choice (by, order, count) or same_as"
             message = f"expected one of {expected}, found {mistake['ctx'].get('tag') or repr(mistake['input'])}"
         elif mistake["type"] == "union_tag_not_found":
             message = f"the key {mistake['ctx']['discriminator']} is missing"
@@ -194,12 +212,12 @@ def explain(error: ValidationError, kind: Any) -> str:
     return "\n".join(lines)
 
 
-def _is_variant(part: Any, mistake: Any) -> bool:
+def _is_variant(part: Any, place: int, mistake: Any) -> bool:
     """Whether a part of a location names a member of a union and not a key of the file."""
     if not isinstance(part, str):
         return False
     if part in {"generated", "file", "hub", "pretrain", "path", "lexicon", "python"}:
-        return part in mistake["loc"][2:3] and len(mistake["loc"]) >= 3
+        return place == 2 and mistake["loc"][0] in ("corpora", "models", "rewards")
     return part.startswith("<")
 
 

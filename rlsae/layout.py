@@ -28,6 +28,8 @@ class Artifact:
     folder: Path
     settings: dict[str, Any]
     """What its manifest must hold as parameters."""
+    inputs: list[Path] = field(default_factory=list)
+    """Folders of the artifacts that it is made from."""
     files: dict[str, Path] = field(default_factory=dict)
     """Files outside the results that it is made from, by the label that its manifest gives them."""
     temporary: bool = False
@@ -167,40 +169,64 @@ class Layout:
     def artifacts(self, study: str) -> Iterator[Artifact]:
         """The artifacts of a study along the chain; those behind the choice of layers once it has been made."""
         entry = self.config.studies[study]
-        tuning = entry.tuning.split("@")[0]
-        model = self.config.models[entry.model]
-        corpora = [entry.corpus, self.config.tunings[tuning].corpus]
-        if isinstance(model, PretrainedModel):
-            corpora.append(model.corpus)
-        for corpus in dict.fromkeys(corpora):
-            files = self._files(self.config.corpora[corpus], "source")
-            yield Artifact("corpora", RESULTS / "corpora" / corpus, self.corpus_settings(corpus), files)
-        yield Artifact("models", policy_folder(entry.base), self.model_settings(entry.model), self._files(model, "model"))
+        tuning, model = entry.tuning.split("@")[0], self.config.models[entry.model]
+        policies, tuned = [entry.base, entry.tuned], policy_folder(entry.tuned)
+        base, tokens = policy_folder(entry.base), RESULTS / "tokens" / f"{entry.model}.{entry.corpus}"
+        trained_on = [self._corpus(model.corpus)] if isinstance(model, PretrainedModel) else []
+        texts, prompts = self._corpus(entry.corpus), self._corpus(self.config.tunings[tuning].corpus)
+        yield from {corpus.folder: corpus for corpus in [*trained_on, texts, prompts]}.values()
+        files = self._files(model, "model")
+        yield Artifact("models", base, self.model_settings(entry.model), [c.folder for c in trained_on], files)
         files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
-        yield Artifact("policies", policy_folder(entry.tuned), self.policy_settings(tuning), files)
-        tokens = RESULTS / "tokens" / f"{entry.model}.{entry.corpus}"
-        yield Artifact("tokens", tokens, self.token_settings(entry.corpus))
-        for policy in (entry.base, entry.tuned):
-            yield self._activations(entry, policy, SURVEY)
-        yield Artifact("divergence", RESULTS / "divergence" / study, self.divergence_settings(study))
+        yield Artifact("policies", tuned, self.policy_settings(tuning), [base, prompts.folder], files)
+        yield Artifact("tokens", tokens, self.token_settings(entry.corpus), [base, texts.folder])
+        surveys = [self._activations(entry, policy, SURVEY, tokens) for policy in policies]
+        yield from surveys
+        divergence, source = RESULTS / "divergence" / study, self.layer_source(study)
+        inputs = [base, tuned, *(survey.folder for survey in surveys)]
+        inputs += [RESULTS / "divergence" / source] if source != study else []
+        yield Artifact("divergence", divergence, self.divergence_settings(study), inputs)
         layers = self.chosen_layers(study)
         if layers is None:
             return
-        for policy in (entry.base, entry.tuned):
-            yield self._activations(entry, policy, kind_of(layers))
+        stores, trained = [], []
+        for policy in policies:
+            stores.append(self._activations(entry, policy, kind_of(layers), tokens))
+            yield stores[-1]
             for layer in layers:
-                for dictionary in entry.dictionaries:
-                    folder = self.dictionary_folder(policy, entry, kind_of(layers), layer, dictionary)
-                    yield Artifact("dictionaries", folder, self.dictionary_settings(dictionary))
-        yield Artifact("comparison", RESULTS / "comparison" / study, self.comparison_settings(study))
-        yield Artifact("interpretation", RESULTS / "interpretation" / study, self.interpretation_settings(study))
-        yield Artifact("reports", RESULTS / "reports" / study, {})
+                for name in entry.dictionaries:
+                    folder = self.dictionary_folder(policy, entry, kind_of(layers), layer, name)
+                    trained.append(
+                        Artifact("dictionaries", folder, self.dictionary_settings(name), [stores[-1].folder, tokens])
+                    )
+                    yield trained[-1]
+        comparison, interpretation = RESULTS / "comparison" / study, RESULTS / "interpretation" / study
+        data = [artifact.folder for artifact in [*stores, *trained]]
+        yield Artifact("comparison", comparison, self.comparison_settings(study), data)
+        yield Artifact("interpretation", interpretation, self.interpretation_settings(study), [comparison, *data])
+        inputs = [base, tuned, divergence, comparison, interpretation, *data]
+        yield Artifact("reports", RESULTS / "reports" / study, {}, inputs)
 
-    def _activations(self, study: Study, policy: str, kind: str) -> Artifact:
+    def waiting(self, study: str) -> list[str]:
+        """Patterns of the folders that lie behind a choice of layers that has yet to be made; none once it is."""
+        if self.chosen_layers(study) is not None:
+            return []
+        entry = self.config.studies[study]
+        found = [f"{stage}/{study}" for stage in ("comparison", "interpretation", "reports")]
+        for policy in (entry.base, entry.tuned):
+            data = f"{policy}.{entry.corpus}/{entry.activation}"
+            found += [f"activations/{data}/layers-*", f"dictionaries/{data}/*/*/*"]
+        return found
+
+    def _corpus(self, corpus: str) -> Artifact:
+        files = self._files(self.config.corpora[corpus], "source")
+        return Artifact("corpora", RESULTS / "corpora" / corpus, self.corpus_settings(corpus), [], files)
+
+    def _activations(self, study: Study, policy: str, kind: str, tokens: Path) -> Artifact:
         folder = RESULTS / "activations" / f"{policy}.{study.corpus}" / study.activation / kind
         temporary = not self.config.activations[study.activation].keep
         settings = self.activation_settings(study.activation, kind, policy)
-        return Artifact("activations", folder, settings, temporary=temporary)
+        return Artifact("activations", folder, settings, [policy_folder(policy), tokens], temporary=temporary)
 
     @staticmethod
     def _files(entry: Entry, label: str) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -67,8 +68,10 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[PreTrainedMo
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise RlsaeError(f"transformers cannot load {folder}: {error}") from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 1:
+        raise RlsaeError(f"{folder} holds no tokenizer; save one beside the weights")
     if report["missing_keys"]:
         raise RlsaeError(
             f"{folder}: the weights lack {sorted(report['missing_keys'])}; this is not the model of its config.json"

@@ -129,7 +129,10 @@ class Stage:
         outputs = {path.name: digest(path) for path in sorted(self.staging.iterdir())}
         manifest = Manifest(self.name, self.parameters, self.inputs, outputs, metrics)
         text = manifest.to_json()
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RlsaeError(f"cannot write {self.out}: {error.strerror}") from None
         (self.out / MANIFEST).unlink(missing_ok=True)
         for name in outputs:
             _remove(self.out / name)
@@ -149,7 +152,7 @@ def fingerprint(stage: str, parameters: dict[str, Any], inputs: dict[str, str], 
 def claim(work: Path, mark: str) -> None:
     """Make the work folder ours: keep the state of the same fingerprint, wipe any other. Call with the lock held."""
     path = work / FINGERPRINT
-    if path.exists() and json.loads(path.read_text()) == mark:
+    if path.exists() and path.read_text() == json.dumps(mark):
         return
     stale = [p for p in work.iterdir() if not p.name.endswith(LOCK)]
     if stale:

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Protocol
 
@@ -54,7 +55,7 @@ class Checked:
         if len(scores) != len(responses):
             raise RlsaeError(f"the reward {self.name} returned {len(scores)} numbers for {len(responses)} responses")
         for score, prompt, response in zip(scores, prompts, responses, strict=True):
-            if not isinstance(score, int | float) or not math.isfinite(score):
+            if not isinstance(score, Real) or not math.isfinite(score):
                 raise RlsaeError(f"the reward {self.name} returned {score!r} for prompt {prompt!r}, response {response!r}")
         return [float(score) for score in scores]
 
@@ -87,6 +88,8 @@ def read_lexicon(path: Path) -> dict[str, float]:
         try:
             word, value = line.split("\t")[:2]
             polarity[word.lower()] = float(value)
+            if not math.isfinite(float(value)):
+                raise ValueError
         except ValueError:
             raise RlsaeError(f"{path}, line {number}: expected word<TAB>polarity, found {line!r:.60}") from None
     if not polarity:

@@ -15,6 +15,7 @@ def schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a configuration file; a scalar of an entry may also be a list, which is expanded."""
     content = Config.model_json_schema()
     for section in SECTIONS:
+        content["properties"][section]["additionalProperties"] = False
         for definition in _entries(content, content["properties"][section]):
             for key, field in definition["properties"].items():
                 field.pop("file", None)

@@ -35,7 +35,7 @@ def check(config: Config) -> dict[Path, State]:
     """The state of every artifact that a configuration names, upstream ones first."""
     layout = Layout(config)
     states: dict[Path, State] = {}
-    for study in config.studies:
+    for study in sorted(config.studies, key=lambda name: layout.layer_source(name) != name):
         for artifact in layout.artifacts(study):
             if artifact.folder not in states:
                 states[artifact.folder] = _state(artifact, states)
@@ -58,17 +58,22 @@ def _state(artifact: Artifact, states: dict[Path, State]) -> State:
     for name in manifest.outputs:
         if not (artifact.folder / name).exists() and not artifact.temporary:
             return State(artifact, f"{name} is missing")
+    expected = {folder.relative_to(RESULTS).as_posix() for folder in artifact.inputs}
     for identity, made_from in manifest.inputs.items():
         if identity.startswith("file:"):
             source = artifact.files.get(identity.removeprefix("file:"))
             if source is None or not source.exists() or digest(source) != made_from:
                 return State(artifact, f"made from another {identity.removeprefix('file:')} file")
             continue
+        if identity not in expected:
+            return State(artifact, f"made from {identity}, which it should not be")
         folder = RESULTS / identity
         if not (folder / MANIFEST).exists() or digest(folder / MANIFEST) != made_from:
             return State(artifact, f"made from another {identity}")
         if folder in states and states[folder].problem:
             return State(artifact, f"made from {identity}, which is not current")
+    if missing := expected - set(manifest.inputs):
+        return State(artifact, f"not made from {min(missing)}, as it should be")
     return State(artifact, None)
 
 
@@ -95,8 +100,13 @@ def write_banner(folder: Path, problem: str | None) -> None:
 
 
 def orphans(config: Config) -> list[Path]:
-    """Artifact folders under the results that the configuration does not name."""
-    named = set(check(config))
+    """Artifact folders under the results that the configuration does not name.
+
+    What lies behind a choice of layers that has yet to be made may be named once it is: it is no orphan.
+    """
+    layout = Layout(config)
+    named = {artifact.folder for study in config.studies for artifact in layout.artifacts(study)}
+    named |= {folder for study in config.studies for pattern in layout.waiting(study) for folder in RESULTS.glob(pattern)}
     found = sorted(path.parent for path in RESULTS.rglob(MANIFEST) if path.parent not in named)
     return [folder for folder in found if not any(parent in found for parent in folder.parents)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -54,7 +55,8 @@ def extract_part(
     with join(work, mark(settings, policy, tokens_folder)), hold(work / f"part-{part}.{LOCK}"):
         path = work / OUTPUTS / STORE
         with waiting_lock(work / f"create.{LOCK}"):
-            if not (work / "created").exists():
+            if not (work / "created").exists() or not path.exists():
+                shutil.rmtree(work / "done", ignore_errors=True)
                 zarr_store.create(
                     path,
                     tokens,
@@ -78,6 +80,8 @@ def extract_part(
         for first, stop in missing:
             acts = extract_rows(model, tokens, first, stop, layers, settings["hook"])
             for layer in layers:
+                # zarr reads a shard before it writes it, and leaves its temporary file behind when it is killed.
+                shutil.rmtree(shard_file(path, arrays[layer], layer, first).parent, ignore_errors=True)
                 arrays[layer][first:stop] = to_storage(acts[layer], settings["dtype"], layer)
             digests = {str(layer): digest(shard_file(path, arrays[layer], layer, first)) for layer in layers}
             (work / "done").mkdir(exist_ok=True)
@@ -101,7 +105,8 @@ def consolidate(
     inputs = {"policy": policy, "tokens": tokens_folder}
     with Stage("activations", out, settings, inputs, work, keep_outputs=True) as stage:
         path = stage.staging / STORE
-        if not (work / "created").exists():
+        if not (work / "created").exists() or not path.exists():
+            (work / "created").unlink(missing_ok=True)
             for stamp in stamps:
                 stamp.unlink(missing_ok=True)
             raise RlsaeError(f"{work} holds no parts of this dump; run this stage again: all parts will be recomputed")
@@ -280,7 +285,7 @@ def to_storage(acts_ND: NDArray[np.float32], dtype: str, layer: int) -> NDArray[
     if not np.isfinite(acts_ND).all():
         raise RlsaeError(f"layer {layer}: the model put out values that are not finite; check its weights")
     largest = float(np.abs(acts_ND).max())
-    if largest > np.finfo(dtype).max:
+    if largest > float(np.finfo(dtype).max):
         raise RlsaeError(
             f"layer {layer}: a value of {largest:.3g} does not fit {dtype}; set `dtype: float32` in its activation"
         )

@@ -70,7 +70,13 @@ class Tokens:
 
     @classmethod
     def open(cls, artifact: Path) -> Tokens:
-        """Read the tokens of an artifact's folder."""
+        """Read the tokens of an artifact's folder.
+
+        Raises:
+            RlsaeError: it holds none.
+        """
+        if not (artifact / STORE).exists():
+            raise RlsaeError(f"{artifact} holds no tokens; run the tokens stage")
         group = zarr.open_group(artifact / STORE, mode="r")
         return cls(group["token"][:], group["start"][:], group["held_out"][:], int(group.attrs["drop_positions"]))
 

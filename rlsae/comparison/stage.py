@@ -29,6 +29,7 @@ from rlsae.sae.evaluate import held_out_batches
 from rlsae.sae.train import load_members
 
 ROLES = ("base", "tuned")
+FLOOR_COLUMNS = ["role", "layer", "dictionary", "seed", "other_seed", "latent", "match_latent", "match_cosine_decoder"]
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _base_tuned(
             )
             for (role, a, b), m in floors.items()
         ]
-        or [pd.DataFrame()],
+        or [pd.DataFrame(columns=FLOOR_COLUMNS)],
         ignore_index=True,
     )
     return figures, rows, pd.concat(tables, ignore_index=True), floor_table

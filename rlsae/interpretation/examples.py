@@ -43,7 +43,9 @@ def gather(sae: SparseAutoencoder, store: ActivationStore, layer: int, latents: 
     train = ~store.held_out_rows()
     vocabulary = int(token.max()) + 1
     count_V = np.bincount(token[train], minlength=vocabulary)
-    sums_SV = np.stack([np.bincount(token[train], row_acts_NS[train, s], vocabulary) for s in range(len(latents))])
+    sums_SV = np.zeros((len(latents), vocabulary))
+    for s in range(len(latents)):
+        sums_SV[s] = np.bincount(token[train], row_acts_NS[train, s], vocabulary)
     return Evidence(row_acts_NS, sums_SV / np.maximum(count_V, 1), count_V)
 
 
@@ -55,11 +57,13 @@ def top_windows(
     Returns:
         (document, first row, last row + 1, row of the peak), strongest first; only where the latent fires.
     """
-    peaks = np.maximum.reduceat(acts_N, store.start[:-1])
+    documents = np.flatnonzero(np.diff(store.start))  # short ones may have lost all their rows to dropped positions
+    peaks = np.maximum.reduceat(acts_N, store.start[documents])
     windows = []
-    for document in np.argsort(-peaks, kind="stable")[:count]:
-        if peaks[document] <= 0:
+    for place in np.argsort(-peaks, kind="stable")[:count]:
+        if peaks[place] <= 0:
             break
+        document = documents[place]
         low, high = int(store.start[document]), int(store.start[document + 1])
         peak = low + int(np.argmax(acts_N[low:high]))
         first = max(low, min(peak - window // 2, high - window))

@@ -63,14 +63,16 @@ def build_interpretation(
             for s, (latent, reason) in enumerate(zip(latents, selection.selected_for, strict=True)):
                 key = dict(zip(KEY, (role, layer, name, seed, int(latent)), strict=True))
                 tokens = top_tokens(evidence, s, settings["top_tokens"])
-                score, status = detection_auc(evidence, s, store)
+                score, status = (
+                    detection_auc(evidence, s, store) if tokens else (float("nan"), "no token fires it often enough")
+                )
                 explained.append(
                     {
                         **key,
                         "selected_for": reason,
                         "explanation": "fires on " + " ".join(f"‹{tokenizer.decode([t])}›" for t in tokens) if tokens else "",
                         "detection_auc": score,
-                        "status": status if tokens else "no token fires it often enough",
+                        "status": status,
                     }
                 )
                 examples += _windows(key, evidence, s, store, settings, tokenizer)
@@ -81,7 +83,8 @@ def build_interpretation(
             explainer="tokens", judge="detection_auc", score=latents_table.detection_auc
         )
         explanations.to_parquet(stage.staging / "explanations.parquet", index=False)
-        pd.DataFrame(examples).to_parquet(stage.staging / "examples.parquet", index=False)
+        columns = [*KEY, "rank", "document", "held_out", "peak", "tokens", "activations"]
+        pd.DataFrame(examples, columns=columns).to_parquet(stage.staging / "examples.parquet", index=False)
         scored = latents_table.detection_auc.dropna()
         mean = float(scored.mean()) if len(scored) else None
         stage.publish({"latents_explained": int((latents_table.explanation != "").sum()), "detection_auc": mean})

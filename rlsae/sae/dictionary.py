@@ -73,11 +73,11 @@ class SparseAutoencoder:
         Raises:
             RlsaeError: it holds no dictionary, or one of another architecture.
         """
-        try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            tensors = load_file(folder / WEIGHTS)
-        except FileNotFoundError as error:
-            raise RlsaeError(f"{folder} holds no dictionary: {error.filename} is missing") from None
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).exists():
+                raise RlsaeError(f"{folder} holds no dictionary: {folder / name} is missing")
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
         if config["architecture"] != "standard":
             raise RlsaeError(f"{folder}: cannot read the architecture {config['architecture']!r}; expected 'standard'")
         missing = {"W_enc", "b_enc", "W_dec", "b_dec"} - set(tensors)

@@ -21,6 +21,7 @@ from rlsae.activations.store import ActivationStore
 from rlsae.artifacts import Manifest, artifact_id
 from rlsae.compute import device
 from rlsae.config import Dictionary
+from rlsae.errors import RlsaeError
 from rlsae.progress import Progress
 from rlsae.resumable import Stage
 from rlsae.sae.evaluate import ce_recovered, held_out_quality
@@ -49,6 +50,7 @@ def build_dictionaries(
     with Stage("dictionaries", out, settings, inputs, work) as stage:
         where = device()
         store = ActivationStore(activations)
+        check_rows(store, layer)
         mean_D, scale = centre_and_scale(store, layer, entry.normalize, where)
         members, curves, rows_trained = train(store, layer, entry, mean_D, scale, stage, where)
         curves.to_parquet(stage.staging / "metrics.parquet", index=False)
@@ -131,13 +133,27 @@ def train(
     return members, pd.DataFrame(curve), order.steps * entry.batch_rows
 
 
+def check_rows(store: ActivationStore, layer: int) -> None:
+    """
+    Raises:
+        RlsaeError: nothing could be scored after training: no held-out rows, or a layer that is constant.
+    """
+    if not store.held_out_rows().any():
+        raise RlsaeError(
+            "held_out: the store has no held-out rows to score a dictionary on; raise the corpus's held_out or rows"
+        )
+    mean_D, second_D = store.statistics(layer)
+    if not (second_D - mean_D**2 > 0).any():
+        raise RlsaeError(f"layer {layer}: its output is the same at every row; there is nothing to learn")
+
+
 def centre_and_scale(store: ActivationStore, layer: int, normalize: bool, where: torch.device) -> tuple[Tensor, float]:
     """Mean [D] to subtract and factor that brings the mean variance of a channel to 1; 0 and 1 without `normalize`."""
     mean_D, second_D = store.statistics(layer)
     if not normalize:
         return torch.zeros(len(mean_D), device=where), 1.0
     variance = float((second_D - mean_D**2).mean())
-    return torch.from_numpy(mean_D).float().to(where), 1 / math.sqrt(variance) if variance > 0 else 1.0
+    return torch.from_numpy(mean_D).float().to(where), 1 / math.sqrt(variance)
 
 
 def _normalised(batches: Iterator[np.ndarray], mean_D: Tensor, scale: float, where: torch.device) -> Iterator[Tensor]:

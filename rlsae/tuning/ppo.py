@@ -143,7 +143,7 @@ def advantages(
         result_BR[:, t] = running_B
     returns_BR = result_BR + values_BR
     kept = result_BR[mask_BR]
-    whitened_BR = (result_BR - kept.mean()) / (kept.std() + 1e-8)
+    whitened_BR = (result_BR - kept.mean()) / (kept.std(correction=min(1, len(kept) - 1)) + 1e-8)
     return whitened_BR * mask_BR, returns_BR
 
 

@@ -84,10 +84,18 @@ class Prompts:
             side = "held-out" if held_out else "training"
             raise RlsaeError(f"query_tokens: no {side} document of {corpus} has {self.high} tokens; lower the longest prompt")
 
+    def require(self, count: int) -> None:
+        """
+        Raises:
+            RlsaeError: fewer than `count` documents are long enough.
+        """
+        if count > len(self.ids):
+            raise RlsaeError(f"evaluation_prompts: {count} are asked for, {len(self.ids)} held-out documents are long enough")
+
     def sample(self, count: int, rng: np.random.Generator, *, distinct: bool = False) -> list[list[int]]:
         """Token ids of `count` prompts of random lengths."""
-        if distinct and count > len(self.ids):
-            raise RlsaeError(f"evaluation_prompts: {count} are asked for, {len(self.ids)} held-out documents are long enough")
+        if distinct:
+            self.require(count)
         chosen = rng.choice(len(self.ids), count, replace=not distinct and count > len(self.ids))
         return [self.ids[i][: rng.integers(self.low, self.high + 1)] for i in chosen]
 
@@ -115,19 +123,25 @@ def generate(
         prompt_BQ[row, longest - len(ids) :] = torch.tensor(ids)
         mask_BQ[row, longest - len(ids) :] = True
     torch.manual_seed(seed)
-    ids_BT = model.generate(
-        input_ids=prompt_BQ.to(device),
-        attention_mask=mask_BQ.to(device).long(),
-        generation_config=GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=int(limits.max()),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        ),
-    )
+    # What our settings leave open is filled from the model's own ones (a repetition penalty, say): the samples would not
+    # be the policy's.
+    published, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        ids_BT = model.generate(
+            input_ids=prompt_BQ.to(device),
+            attention_mask=mask_BQ.to(device).long(),
+            generation_config=GenerationConfig(
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=int(limits.max()),
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+            ),
+        )
+    finally:
+        model.generation_config = published
     response_BR = ids_BT[:, longest:]
     ended_BR = (response_BR == tokenizer.eos_token_id).long().cumsum(1)
     before_end_BR = ended_BR - (response_BR == tokenizer.eos_token_id).long() == 0

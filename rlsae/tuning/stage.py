@@ -37,10 +37,11 @@ def build_policy(
         where = device()
         lm, tokenizer = load(base / "model", where)
         reference, _ = load(base / "model", where)
+        prompts = Prompts(corpus, tokenizer, reference, entry.query_tokens, entry.response_tokens, held_out=True)
+        prompts.require(entry.evaluation_prompts)
         started = time.monotonic()
         history = ppo.tune(lm, reference, tokenizer, corpus, reward, entry, stage)
         stage.details = {"device": str(where), "tuning_seconds": round(time.monotonic() - started, 2)}
-        prompts = Prompts(corpus, tokenizer, reference, entry.query_tokens, entry.response_tokens, held_out=True)
         metrics, samples = evaluate(lm, reference, tokenizer, prompts, reward, entry)
         save(lm, tokenizer, stage.staging / "model")
         history.to_parquet(stage.staging / "history.parquet", index=False)

@@ -271,12 +271,14 @@ def test_status_lists_what_is_missing_and_ends_with_status_1(rlsae, config_file,
 def test_status_tells_why_something_is_stale_and_is_satisfied_only_when_nothing_is(
     rlsae, raw, config_file, monkeypatch, capsys
 ):
+    from rlsae.artifacts import digest
     from rlsae.expand import parse_config
-    from rlsae.status import check
+    from rlsae.layout import Layout
 
     monkeypatch.chdir(config_file.parent)
-    for folder, state in check(parse_config(raw)).items():
-        finish(folder, state.artifact.stage, parameters=state.artifact.settings)
+    for artifact in Layout(parse_config(raw)).artifacts("main"):
+        inputs = {"/".join(folder.parts[1:]): digest(folder / "manifest.json") for folder in artifact.inputs}
+        finish(artifact.folder, artifact.stage, parameters=artifact.settings, inputs=inputs)
     succeed(rlsae, "status", "config.yaml")
     assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {"current"}
     finish(config_file.parent / "results/comparison/main", "comparison", parameters={"dictionaries": ["small"], "sizes": None})

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlsae.artifacts import MANIFEST, Manifest, artifact_id, digest
-from rlsae.config import SameAs
+from rlsae.artifacts import MANIFEST, Manifest, digest
 from rlsae.expand import parse_config
 from rlsae.layout import Layout
 from rlsae.status import check, delete, mark_reports, orphans, write_banner
@@ -31,32 +30,6 @@ def raw(raw):
     return raw
 
 
-def made_from(artifact, upstream, config, study):
-    """The artifacts among `upstream` that a real stage of this kind would be made from."""
-    name = artifact.folder.name
-    if artifact.stage == "activations":
-        policy, _, corpus = artifact.folder.parts[2].rpartition(".")
-        model = policy.split(".")[0]
-        return [a for a in upstream if a.folder.name in (policy, f"{model}.{corpus}") and a.stage != "divergence"]
-    if artifact.stage == "dictionaries":
-        return [a for a in upstream if a.stage == "activations" and a.folder.parts[2:] == artifact.folder.parts[2:5]]
-    if artifact.stage == "divergence":
-        found = [a for a in upstream if a.stage in ("models", "policies") or a.folder.name == "survey"]
-        layers = config.studies[name].layers
-        source = RESULTS / "divergence" / (layers.same_as if isinstance(layers, SameAs) else name)
-        return found + [a for other in config.studies for a in study(other) if a.folder == source != artifact.folder]
-    stages = {
-        "corpora": [],
-        "models": ["corpora"],
-        "policies": ["models", "corpora"],
-        "tokens": ["models", "corpora"],
-        "comparison": ["dictionaries", "activations"],
-        "interpretation": ["comparison", "dictionaries"],
-        "reports": ["divergence", "comparison", "interpretation"],
-    }[artifact.stage]
-    return [a for a in upstream if a.stage in stages and a.folder.name != "survey"]
-
-
 def write_manifest(artifact, inputs, **content):
     artifact.folder.mkdir(parents=True, exist_ok=True)
     (artifact.folder / "data").write_text(str(artifact.folder))
@@ -70,16 +43,13 @@ def run(raw, studies=None):
     config = parse_config(raw)
     layout = Layout(config)
     for study in studies or config.studies:
-        upstream = []
         for artifact in layout.artifacts(study):
             if not (artifact.folder / MANIFEST).exists():
-                sources = made_from(artifact, upstream, config, layout.artifacts)
-                inputs = {artifact_id(a.folder, a.stage): digest(a.folder / MANIFEST) for a in sources}
+                inputs = {folder.relative_to(RESULTS).as_posix(): digest(folder / MANIFEST) for folder in artifact.inputs}
                 inputs |= {f"file:{label}": digest(path) for label, path in artifact.files.items()}
                 write_manifest(artifact, inputs)
                 if artifact.stage == "divergence":
                     (artifact.folder / "chosen.json").write_text('{"layers": [0]}')
-            upstream.append(artifact)
     return config
 
 
