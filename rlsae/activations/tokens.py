@@ -40,7 +40,9 @@ def build_tokens(settings: dict[str, Any], out: Path, work: Path | None, model: 
             raise RlsaeError(f"context_length: {length} tokens, the model's context holds {limit}")
         tokenizer = AutoTokenizer.from_pretrained(model / "model", local_files_only=True)
         documents = pd.read_parquet(corpus / DOCUMENTS)
-        documents = documents.iloc[np.random.default_rng(settings["seed"]).permutation(len(documents))]
+        # A stream of its own: the corpus drew its held-out documents from the seed alone, and they would all come first.
+        rng = np.random.default_rng([settings["seed"], 1])
+        documents = documents.iloc[rng.permutation(len(documents))]
         encoded = tokenizer(documents.text.tolist(), truncation=True, max_length=length)["input_ids"]
         lengths = np.array([len(ids) for ids in encoded])
         if (lengths <= drop).all():

@@ -14,7 +14,8 @@ from small_artifacts import write_policy
 
 from rlsae.activations.tokens import STORE, Tokens, build_tokens
 from rlsae.artifacts import MANIFEST, Manifest, digest
-from rlsae.corpora import DOCUMENTS
+from rlsae.config import FileCorpus
+from rlsae.corpora import DOCUMENTS, build_corpus
 from rlsae.errors import RlsaeError
 
 
@@ -79,6 +80,18 @@ def test_a_held_out_document_stays_held_out_wherever_the_shuffle_puts_it(build, 
     held_out = Tokens.open(folder).held_out
     assert held_out.sum() == 75
     assert np.array_equal(held_out, documents.held_out[numbers(folder)])
+
+
+def test_held_out_documents_are_spread_over_the_shuffled_order(base, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"the film number {number} was good\n" for number in range(400)))
+    entry = FileCorpus(source="file", path=str(texts), held_out=0.25, seed=0)
+    build_corpus(entry, entry.settings(), tmp_path / "corpora" / "texts", None, texts)
+    out = tmp_path / "tokens" / "tiny.texts"
+    settings = {"seed": 0, "context_length": 64, "drop_positions": 0}  # the corpus's own seed, as in a study
+    build_tokens(settings, out, None, base, tmp_path / "corpora" / "texts")
+    for quarter in np.split(Tokens.open(out).held_out, 4):
+        assert 0.1 < quarter.mean() < 0.4
 
 
 def test_dropped_positions_give_no_rows_and_are_counted(build):

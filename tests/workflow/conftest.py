@@ -48,12 +48,15 @@ TINY: dict[str, Any] = {
         "main": {"model": "tiny", "tuning": "ppo", "corpus": "texts", "activation": "mlp"}
         | {"layers": {"by": "weight_l2_sum", "count": 1}, "dictionaries": ["small", "big"]}
         | {"sizes": {"small": "small", "big": "big"}, "interpretation": {"latents": 4, "examples": 3}},
+    },
+}
+OTHER = TINY | {
+    "studies": {
         "other": {"model": "local", "tuning": "own-ppo", "corpus": "texts", "activation": "mlp"}
         | {"layers": [0], "dictionaries": ["small"]},
     },
 }
-FINISHED = ["results/reports/main/manifest.json", "results/policies/local.own-ppo/manifest.json"]
-"""Study `main` whole, study `other` up to its policy."""
+"""A study of a local model and a Python reward, run up to its policy."""
 
 
 @dataclass
@@ -86,10 +89,10 @@ class Run:
         entry[last] = value
         self.write_config(content)
 
-    def snakemake(self, *arguments: str, cores: int = 2) -> subprocess.CompletedProcess[str]:
+    def snakemake(self, *arguments: str, config: str = "study.yaml") -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "snakemake", "-s", str(self.repository / "Snakefile")]
-        command += ["--directory", str(self.workdir), "--configfile", str(self.workdir / "study.yaml")]
-        command += ["--cores", str(cores), "--set-threads", "dictionary=1", "model=1", "tune=1", "activation_part=1"]
+        command += ["--directory", str(self.workdir), "--configfile", str(self.workdir / config)]
+        command += ["--cores", "2", "--set-threads", "dictionary=1", "model=1", "tune=1", "activation_part=1"]
         return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=self.folder, env=clean_environment())
 
     def rlsae(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -97,13 +100,13 @@ class Run:
         command = [sys.executable, "-m", "rlsae", *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=self.workdir, env=environment)
 
-    def planned(self, *arguments: str) -> dict[str, int]:
+    def planned(self, *arguments: str, target: str = "all", config: str = "study.yaml") -> dict[str, int]:
         """The jobs that Snakemake would run, by rule; targets left out."""
-        done = self.snakemake("--dry-run", "--quiet", "host", *arguments, "--", *FINISHED)
+        done = self.snakemake("--dry-run", "--quiet", "host", *arguments, "--", target, config=config)
         assert done.returncode == 0, done.stdout + done.stderr
         table = re.search(r"job +count\n[- ]+\n(.*?)\ntotal", done.stdout + done.stderr, re.DOTALL)
         jobs = dict(line.split() for line in table[1].splitlines()) if table else {}
-        return {rule: int(count) for rule, count in jobs.items()}
+        return {rule: int(count) for rule, count in jobs.items() if rule != target}
 
 
 def clean_environment() -> dict[str, str]:
@@ -133,8 +136,10 @@ def build(run: Run) -> None:
         shutil.copytree(REPOSITORY / name, run.repository / name, ignore=shutil.ignore_patterns("__pycache__"))
     write_inputs(run.workdir / "inputs")
     run.write_config(copy.deepcopy(TINY))
-    done = run.snakemake("--show-failed-logs", "--", *FINISHED)
-    assert done.returncode == 0, done.stdout + done.stderr
+    (run.workdir / "other.yaml").write_text(yaml.safe_dump(OTHER, sort_keys=False))
+    for config, target in (("study.yaml", "all"), ("other.yaml", "policies")):
+        done = run.snakemake("--show-failed-logs", "--", target, config=config)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture

@@ -80,13 +80,15 @@ def test_the_order_of_keys_and_an_equal_number_rerun_nothing(run):
 
 def test_an_added_study_runs_alone_and_shares_what_it_can(run):
     content = run.config()
-    content["studies"]["more"] = content["studies"]["main"] | {"layers": [0], "sizes": None, "dictionaries": ["small"]}
+    chosen = json.loads((run.workdir / "results/divergence/main/chosen.json").read_text())["layers"]
+    other = {"layers": [(chosen[0] + 1) % 3], "sizes": None, "dictionaries": ["small"]}
+    content["studies"]["more"] = content["studies"]["main"] | other
     run.write_config(content)
-    planned = run.planned("results/reports/more/manifest.json")
+    planned = run.planned()
     shared = {"corpus", "model", "tune", "tokens"}
     assert not shared & set(planned)
     assert planned["dictionary"] == 2
-    assert planned["activation_store"] == 2  # layer 0 alone; the survey is shared
+    assert planned["activation_store"] == 2  # the survey is shared
 
 
 @pytest.mark.parametrize(
@@ -94,13 +96,22 @@ def test_an_added_study_runs_alone_and_shares_what_it_can(run):
     [
         ("texts.jsonl", json.dumps({"text": "a good film"}) + "\n", {"corpus"} | AFTER_CORPUS),
         ("words.tsv", "good\t1.0\n", {"tune"} | AFTER_POLICY),
-        ("own_reward.py", "def reward(prompts, responses):\n    return [0.0 for _ in responses]\n", {"tune"}),
-        ("model/config.json", "{}", {"model", "tune"}),
     ],
 )
 def test_a_changed_file_reruns_what_was_made_from_it(run, name, text, expected):
     touch(run.workdir / "inputs" / name, text)
     assert set(run.planned()) == behind_the_checkpoint(expected)
+
+
+def test_the_source_file_of_a_python_reward_is_an_input(run):
+    assert run.planned(target="policies", config="other.yaml") == {}
+    touch(run.workdir / "inputs/own_reward.py", "def reward(prompts, responses):\n    return [0.0 for _ in responses]\n")
+    assert set(run.planned(target="policies", config="other.yaml")) == {"tune"}
+
+
+def test_every_file_of_a_local_model_folder_is_an_input(run):
+    touch(run.workdir / "inputs/model/config.json", "{}")
+    assert set(run.planned(target="policies", config="other.yaml")) == {"model", "tune"}
 
 
 def test_a_file_that_was_only_touched_reruns_nothing(run):
@@ -169,7 +180,7 @@ def test_touch_accepts_a_code_change_without_running_anything(run):
     path = run.repository / "rlsae/sae/tied_relu.py"
     path.write_text(path.read_text() + "\n\ndef added() -> int:\n    return 1\n")
     before = (run.workdir / "results/reports/main/manifest.json").read_bytes()
-    done = run.snakemake("--touch", "--", "results/reports/main/manifest.json")
+    done = run.snakemake("--touch", "--", "all")
     assert done.returncode == 0
     assert run.planned() == {}
     assert (run.workdir / "results/reports/main/manifest.json").read_bytes() == before
@@ -177,7 +188,7 @@ def test_touch_accepts_a_code_change_without_running_anything(run):
 
 def test_a_failed_upstream_rerun_leaves_no_report_that_passes_as_current(run):
     run.set("tunings.ppo.evaluation_prompts", 100_000)  # more than there are held-out documents
-    failed = run.snakemake("--", "results/reports/main/manifest.json")
+    failed = run.snakemake("--", "all")
     assert failed.returncode != 0
     assert "tune" in run.planned()  # not "nothing to be done"
     states = run.rlsae("status", "study.yaml")
@@ -188,20 +199,17 @@ def test_a_failed_upstream_rerun_leaves_no_report_that_passes_as_current(run):
 
 
 def test_orphans_are_what_no_configuration_names(run):
-    content = run.config()
-    del content["studies"]["other"]
-    run.write_config(content)
     listed = [Path(line) for line in run.rlsae("orphans", "study.yaml").stdout.split()]
     assert listed == [Path("results/models/local"), Path("results/policies/local.own-ppo")]
     run.rlsae("orphans", "study.yaml", "--delete")
     assert not (run.workdir / "results/policies/local.own-ppo").exists()
-    assert run.planned("results/reports/main/manifest.json") == {"model": 1, "tune": 1}  # of the targets of this test alone
+    assert run.planned() == {}
 
 
 def test_stores_that_are_not_kept_go_once_they_are_used_and_nothing_reruns(run):
     run.set("activations.mlp.rows", 2048)
     run.set("activations.mlp.keep", False)
-    done = run.snakemake("--show-failed-logs", "--", "results/reports/main/manifest.json")
+    done = run.snakemake("--show-failed-logs", "--", "all")
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list(run.workdir.glob("results/activations/*/mlp/layers-*/store"))
     assert len(list(run.workdir.glob("results/activations/*/mlp/layers-*/manifest.json"))) == 2

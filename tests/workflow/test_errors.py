@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.conftest import TINY, Run, clean_environment
+from tests.workflow.conftest import OTHER, TINY, Run, clean_environment
 
 
 def changed(path: str, value) -> dict:
-    content = copy.deepcopy(TINY)
+    content = copy.deepcopy(TINY | {"studies": TINY["studies"] | OTHER["studies"]})
     *parents, last = path.split(".")
     entry = content
     for parent in parents:
@@ -107,7 +107,7 @@ def test_a_folder_that_is_no_model_is_an_error(tmp_path):
 
 def test_more_layers_than_the_model_has_is_an_error_of_the_job_that_shows_its_log(run):
     run.set("studies.main.layers.count", 9)
-    done = run.snakemake("--show-failed-logs", "--", "results/reports/main/manifest.json")
+    done = run.snakemake("--show-failed-logs", "--", "all")
     assert done.returncode != 0
     assert "layers.count: 9 layers are asked for, the model has 3" in done.stdout + done.stderr
 
