@@ -146,9 +146,9 @@ def test_a_comment_or_docstring_reruns_nothing(run):
 @pytest.mark.parametrize(
     ("lost", "expected"),
     [
-        ("tokens/tiny.texts/store", behind_the_checkpoint(AFTER_CORPUS)),
-        ("activations/tiny.texts/mlp/survey/store", behind_the_checkpoint(AFTER_POLICY)),
-        ("policies/tiny.ppo/manifest.json", behind_the_checkpoint({"tune"} | AFTER_POLICY)),
+        ("tokens/tiny.texts/store", AFTER_CORPUS),
+        ("activations/tiny.texts/mlp/survey/store", AFTER_POLICY),
+        ("policies/tiny.ppo/manifest.json", {"tune"} | AFTER_POLICY),
         ("comparison/main/manifest.json", {"compare", "interpret", "report_study"}),
     ],
 )
