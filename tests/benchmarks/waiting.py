@@ -1,6 +1,7 @@
 """What threads should do while they wait, spin or sleep: `python -m tests.benchmarks.waiting`.
 
-The same small matrix products in fresh processes, in turn with both settings; then again beside two busy processes.
+The same small matrix products in fresh processes, in turn with both settings; then again beside a second process that does
+the same with its own two threads, as jobs that share a machine do.
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ PRODUCTS = """
 import time, torch
 torch.set_num_threads(2)
 layers, x = [torch.nn.Linear(256, 1024) for _ in range(12)], torch.randn(1024, 256)
+def forward():
+    y = x
+    for layer in layers:
+        y = torch.nn.functional.gelu(layer(y)[:, :256])
 with torch.no_grad():
-    start = count = 0
-    while time.perf_counter() - start < 4:
-        y = x
-        for layer in layers:
-            y = torch.nn.functional.gelu(layer(y)[:, :256])
-        start, count = start or time.perf_counter(), count + 1
-print(count / 4)
+    forward()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < SECONDS:
+        forward()
+        count += 1
+print(count / SECONDS)
 """
 
 
 def rate(policy: str) -> float:
     """Passes per second under `OMP_WAIT_POLICY`."""
     environment = os.environ | {"OMP_WAIT_POLICY": policy}
-    return float(subprocess.run([sys.executable, "-c", PRODUCTS], env=environment, capture_output=True, check=True).stdout)
+    command = [sys.executable, "-c", PRODUCTS.replace("SECONDS", "4")]
+    return float(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
 
 
 def compare(name: str) -> None:
@@ -44,12 +49,11 @@ def compare(name: str) -> None:
 
 def main() -> None:
     compare("alone")
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    other = subprocess.Popen([sys.executable, "-c", PRODUCTS.replace("SECONDS", "600")])
     try:
-        compare("beside two busy ones")
+        compare("beside another")
     finally:
-        for process in busy:
-            process.kill()
+        other.kill()
 
 
 if __name__ == "__main__":

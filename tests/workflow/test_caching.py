@@ -147,7 +147,7 @@ def test_a_comment_or_docstring_reruns_nothing(run):
     ("lost", "expected"),
     [
         ("tokens/tiny.texts/store", AFTER_CORPUS),
-        ("activations/tiny.texts/mlp/survey/store", AFTER_POLICY),
+        ("activations/tiny.texts/mlp/survey/store", {"activation_part", "activation_store", "rank_layers", "report_study"}),
         ("policies/tiny.ppo/manifest.json", {"tune"} | AFTER_POLICY),
         ("comparison/main/manifest.json", {"compare", "interpret", "report_study"}),
     ],
