@@ -40,7 +40,7 @@ ConfigFile = Annotated[Path, typer.Argument(help="Configuration file.")]
 
 def main() -> None:
     """Run the command line; mistakes that people can mend are explained without a traceback."""
-    # Waiting threads sleep instead of spinning: an eighth slower alone, six times faster beside another job (docs/benchmarks.md).
+    # Waiting threads sleep instead of spinning: an eighth slower alone, six times faster beside another job.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     debug = "--debug" in sys.argv
     if debug:
