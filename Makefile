@@ -28,7 +28,8 @@ lint: $(VENV)/installed
 	$(BIN)/snakemake --lint
 
 benchmarks: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.workflow_scale
+	$(BIN)/python -m tests.benchmarks.waiting
 
 # torch first and alone: the CPU build, which the rest must not replace.
 $(VENV)/installed: requirements.lock pyproject.toml

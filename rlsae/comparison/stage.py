@@ -100,7 +100,7 @@ def _measure_all(dictionaries: dict[tuple[str, int, str], Path], stores: dict[st
     progress = Progress("held-out rows", len(dictionaries), "dictionaries")
     for (role, layer, name), folder in dictionaries.items():
         for seed, path in load_members(folder).items():
-            members[role, layer, name, seed] = measure(SparseAutoencoder.load(path), stores[role], layer, where)
+            members[role, layer, name, seed] = measure(SparseAutoencoder.load(path).to(where), stores[role], layer, where)
         progress.update()
     for role, layer, name, seed in members:
         if (other := ("tuned" if role == "base" else "base", layer, name, seed)) not in members:

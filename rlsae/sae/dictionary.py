@@ -40,6 +40,16 @@ class SparseAutoencoder:
         """Reconstructed activations [B, D]."""
         return torch.addmm(self.b_dec_D, latents_BF, self.W_dec_FD)
 
+    def to(self, device: torch.device) -> SparseAutoencoder:
+        """The same dictionary with its tensors on a device."""
+        return SparseAutoencoder(
+            self.W_enc_DF.to(device),
+            self.b_enc_F.to(device),
+            self.W_dec_FD.to(device),
+            self.b_dec_D.to(device),
+            self.metadata,
+        )
+
     @property
     def latents(self) -> int:
         return self.W_dec_FD.shape[0]
