@@ -15,7 +15,7 @@ from pathlib import Path
 from rlsae.errors import RlsaeError
 
 PACKAGE = Path(__file__).parent
-NEUTRAL = {"config.py", "expand.py", "errors.py", "progress.py", "artifacts.py", "resumable.py", "layout.py"}
+NEUTRAL = {"config", "expand.py", "errors.py", "progress.py", "artifacts.py", "resumable.py", "layout.py"}
 """Settings reach a stage as parameters of their own, and how a stage saves and publishes does not change what it makes."""
 
 
@@ -34,7 +34,7 @@ def code_digest(*modules: str) -> str:
         queue += files
     while queue:
         path = queue.pop()
-        if path not in closure and path.relative_to(PACKAGE).as_posix() not in NEUTRAL:
+        if path not in closure and path.relative_to(PACKAGE).parts[0] not in NEUTRAL:
             closure.add(path)
             queue += _parse(path)[1]
     lines = [f"{path.relative_to(PACKAGE).as_posix()} {_parse(path)[0]}" for path in sorted(closure)]

@@ -1,7 +1,8 @@
-"""Documents: written by a grammar, read from a local file, or loaded from the hub.
+"""Documents and preference pairs: written by a grammar, read from a local file, or loaded from the hub.
 
 The artifact is `documents.parquet`: `document` (position in the source), `text`, `held_out`; generated reviews also have
-`label`, the sign of their polarity. Held-out documents train nothing in any later stage.
+`label`, the sign of their polarity. Of preferences it is `pairs.parquet`: `document`, `prompt`, `chosen`, `rejected`,
+`held_out`. What is held out trains nothing in any later stage.
 """
 
 from __future__ import annotations
@@ -18,41 +19,44 @@ import pandas as pd
 
 from rlsae.config import AnyCorpus, FileCorpus, GeneratedCorpus, HubCorpus
 from rlsae.errors import RlsaeError
+from rlsae.preferences import check_pairs, write_pairs
 from rlsae.resumable import Stage
 from rlsae.review_grammar import write_reviews
 
 DOCUMENTS = "documents.parquet"
+PAIRS = "pairs.parquet"
 
 
 def build_corpus(entry: AnyCorpus, settings: dict[str, Any], out: Path, work: Path | None, source: Path | None) -> None:
-    """Stage `corpora`: write a corpus's documents.
+    """Stage `corpora`: write a corpus's documents or preference pairs.
 
     Args:
-        entry: where the documents come from, and how many.
+        entry: where they come from, and how many.
         settings: what the manifest records.
         out: folder of the artifact.
         source: the local file of a file corpus.
     """
     with Stage("corpora", out, settings, {"source": source} if source else {}, work) as stage:
         documents = read_documents(entry, source)
-        documents.to_parquet(stage.staging / DOCUMENTS, index=False)
+        documents.to_parquet(stage.staging / (DOCUMENTS if entry.kind == "documents" else PAIRS), index=False)
         stage.publish({"documents": len(documents), "held_out": int(documents.held_out.sum())})
 
 
 def read_documents(entry: AnyCorpus, source: Path | None = None) -> pd.DataFrame:
-    """The documents of a corpus, thinned and split by its seed.
+    """The documents or pairs of a corpus, thinned and split by its seed.
 
     Raises:
-        RlsaeError: no documents, a document that is no text, or too few for the asked number or split.
+        RlsaeError: no documents, a document that is no text or no pair, or too few for the asked number or split.
     """
     rng = np.random.default_rng(entry.seed)
     if isinstance(entry, GeneratedCorpus):
-        documents = write_reviews(entry.documents, rng)
-    elif isinstance(entry, FileCorpus):
-        assert source is not None
-        documents = pd.DataFrame({"text": check_texts(_read_file(source, entry.text_field), str(source))})
+        write = write_reviews if entry.kind == "documents" else write_pairs
+        documents = write(entry.documents, rng)
+    elif entry.kind == "preferences":
+        documents = check_pairs(_read_rows(entry, source, ("chosen", "rejected")), _name(entry, source))
     else:
-        documents = pd.DataFrame({"text": check_texts(_read_hub(entry), entry.dataset)})
+        texts = [row[entry.text_field] for row in _read_rows(entry, source, (entry.text_field,))]
+        documents = pd.DataFrame({"text": check_texts(texts, _name(entry, source))})
     documents.insert(0, "document", np.arange(len(documents), dtype=np.int32))
     if entry.documents and len(documents) < entry.documents:
         raise RlsaeError(f"documents: {entry.documents} are asked for, the source has {len(documents)}; ask for fewer")
@@ -86,23 +90,39 @@ def check_texts(texts: list[Any], source: str) -> list[str]:
     return texts
 
 
-def _read_file(path: Path, field: str) -> list[Any]:
-    """Texts of a .jsonl, .parquet or .txt file, the first and last also as .gz."""
-    name = path.name.removesuffix(".gz")
+def _name(entry: FileCorpus | HubCorpus, source: Path | None) -> str:
+    return str(source) if isinstance(entry, FileCorpus) else entry.dataset
+
+
+def _read_rows(entry: FileCorpus | HubCorpus, source: Path | None, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows of a file or a data set, each with these fields at least.
+
+    Raises:
+        RlsaeError: the source cannot be read, or a row lacks a field.
+    """
+    if isinstance(entry, HubCorpus):
+        return _read_hub(entry, fields)
+    assert source is not None
+    name = source.name.removesuffix(".gz")
     if name.endswith(".parquet"):
         try:
-            table = pd.read_parquet(path)
+            table = pd.read_parquet(source)
         except (OSError, ValueError) as error:
-            raise RlsaeError(f"{path} is not a readable Parquet file: {error}") from None
-        if field not in table:
-            raise RlsaeError(f"{path} has no column {field!r}; it has: {', '.join(map(str, table.columns))}; set text_field")
-        return table[field].tolist()
-    lines = _read_lines(path)
-    if name.endswith(".txt"):
-        return [line for line in lines if line.strip()]
+            raise RlsaeError(f"{source} is not a readable Parquet file: {error}") from None
+        _require(fields, [str(column) for column in table.columns], f"{source} has no column")
+        return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+    if name.endswith(".txt") and entry.kind == "documents":
+        return [{entry.text_field: line} for line in _read_lines(source) if line.strip()]
     if name.endswith(".jsonl"):
-        return [_json_text(path, number, line, field) for number, line in enumerate(lines) if line.strip()]
-    raise RlsaeError(f"{path}: expected a name that ends in .jsonl, .parquet or .txt (or .jsonl.gz, .txt.gz)")
+        return [_json_row(source, number, line, fields) for number, line in enumerate(_read_lines(source)) if line.strip()]
+    raise RlsaeError(f"{source}: expected a name that ends in .jsonl, .parquet or .txt (or .jsonl.gz, .txt.gz)")
+
+
+def _require(fields: tuple[str, ...], found: list[str], complaint: str) -> None:
+    missing = next((field for field in fields if field not in found), None)
+    if missing is not None:
+        advice = "; set text_field" if len(fields) == 1 else "; preferences need chosen and rejected"
+        raise RlsaeError(f"{complaint} {missing!r}; it has: {', '.join(found)}{advice}")
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -111,24 +131,25 @@ def _read_lines(path: Path) -> list[str]:
     except (OSError, EOFError, zlib.error) as error:
         raise RlsaeError(f"cannot read {path}: {error}") from None
     try:
-        return io.StringIO(raw.decode("utf-8"), newline=None).read().split("\n")
+        return io.StringIO(raw.decode("utf-8-sig"), newline=None).read().split("\n")
     except UnicodeDecodeError as error:
         number = raw[: error.start].count(b"\n")
         raise RlsaeError(f"{path}, document {number} (line {number + 1}): not valid UTF-8; convert the file first") from None
 
 
-def _json_text(path: Path, number: int, line: str, field: str) -> Any:
+def _json_row(path: Path, number: int, line: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    where = f"{path}, document {number} (line {number + 1})"
     try:
         content = json.loads(line)
     except ValueError as error:
-        raise RlsaeError(f"{path}, document {number} (line {number + 1}): not valid JSON: {error}") from None
-    if not isinstance(content, dict) or field not in content:
-        found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
-        raise RlsaeError(f"{path}, document {number} (line {number + 1}): no key {field!r}; found: {found}; set text_field")
-    return content[field]
+        raise RlsaeError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise RlsaeError(f"{where}: expected an object, found {type(content).__name__}")
+    _require(fields, list(content), f"{where}: no key")
+    return content
 
 
-def _read_hub(entry: HubCorpus) -> list[Any]:
+def _read_hub(entry: HubCorpus, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     import datasets
 
     try:
@@ -139,6 +160,6 @@ def _read_hub(entry: HubCorpus) -> list[Any]:
             f"Offline? Download it where there is a network: "
             f"python -c \"import datasets; datasets.load_dataset('{entry.dataset}', split='{entry.split}')\""
         ) from None
-    if entry.text_field not in table.column_names:
-        raise RlsaeError(f"{entry.dataset} has no column {entry.text_field!r}; it has: {', '.join(table.column_names)}")
-    return list(table[entry.text_field])
+    _require(fields, table.column_names, f"{entry.dataset} has no column")
+    kept = [name for name in ("prompt", *fields) if name in table.column_names]
+    return list(table.select_columns(kept))

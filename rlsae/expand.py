@@ -14,11 +14,20 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from rlsae.config import SECTIONS, SLUG, Config, Entry
 from rlsae.errors import RlsaeError
 
 Raw = dict[str, Any]
+VARIANTS = {"generated", "file", "hub", "pretrain", "path", "lexicon", "python", "classifier"} | {
+    "ppo",
+    "rloo",
+    "grpo",
+    "dpo",
+    "external",
+}
+"""Values of the keys that tell the kinds of entries of a section apart."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -124,15 +133,17 @@ def _resolve_family(value: Any, families: dict[str, list[str]], takes_list: bool
 
 def _entry_type(section: str, entry: Raw) -> type[Entry] | None:
     """The model of an entry, by its discriminator where the section has several; None if that cannot be told."""
-    (_, annotation) = typing.get_args(typing.get_type_hints(Config)[section])
+    (_, annotation) = typing.get_args(typing.get_type_hints(Config, include_extras=True)[section])
     options = _members(annotation)
     if len(options) == 1:
         return options[0]
-    for option in options:
-        for key, field in option.model_fields.items():
-            if typing.get_origin(field.annotation) is typing.Literal and entry.get(key) in typing.get_args(field.annotation):
-                return option
-    return None
+    key = _discriminator(annotation)
+    return next((o for o in options if entry.get(key) in typing.get_args(o.model_fields[key].annotation)), None)
+
+
+def _discriminator(annotation: Any) -> str:
+    """The key that tells the members of a union apart: `source`, `kind`, `method`."""
+    return str(next(m.discriminator for m in typing.get_args(annotation) if isinstance(m, FieldInfo)))
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -216,8 +227,8 @@ def _is_variant(part: Any, place: int, mistake: Any) -> bool:
     """Whether a part of a location names a member of a union and not a key of the file."""
     if not isinstance(part, str):
         return False
-    if part in {"generated", "file", "hub", "pretrain", "path", "lexicon", "python"}:
-        return place == 2 and mistake["loc"][0] in ("corpora", "models", "rewards")
+    if part in VARIANTS:
+        return place == 2 and mistake["loc"][0] in ("corpora", "models", "rewards", "tunings")
     return part.startswith("<")
 
 

@@ -178,6 +178,7 @@ class Layout:
         files = self._files(model, "model")
         yield Artifact("models", base, self.model_settings(entry.model), [c.folder for c in trained_on], files)
         files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
+        files |= self._files(self.config.tunings[tuning], "tuned")
         yield Artifact("policies", tuned, self.policy_settings(tuning), [base, prompts.folder], files)
         yield Artifact("tokens", tokens, self.token_settings(entry.corpus), [base, texts.folder])
         surveys = [self._activations(entry, policy, SURVEY, tokens) for policy in policies]

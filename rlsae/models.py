@@ -15,10 +15,16 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
-from rlsae.config import AnyModel, HubModel, LocalModel, PretrainedModel
+from rlsae.config import AnyModel, LocalModel, PretrainedModel
 from rlsae.errors import RlsaeError
 from rlsae.resumable import Stage
 
@@ -46,8 +52,12 @@ def build_model(
 
             assert corpus is not None
             model, tokenizer, metrics = pretrain(entry, settings["context_length"], corpus, stage)
+        elif isinstance(entry, LocalModel):
+            assert source is not None
+            model, tokenizer = load(source)
+            metrics = {}
         else:
-            model, tokenizer = _existing(entry, source)
+            model, tokenizer = load(entry.repository, revision=entry.revision)
             metrics = {}
         check_tokenizer(model, tokenizer)
         save(model, tokenizer, stage.staging / "model")
@@ -55,26 +65,57 @@ def build_model(
         stage.publish({"parameters": parameters, "layers": len(blocks(model)), "channels": width(model), **metrics})
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in float32 without dropout, and its tokenizer, from a transformers folder.
+def load(
+    source: Path | str, device: torch.device | str = "cpu", revision: str = "main"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in float32 without dropout, and its tokenizer.
+
+    Args:
+        source: a transformers folder or, given as text, a repository of the hub.
+        revision: commit or tag of the repository.
 
     Raises:
-        RlsaeError: the folder is no such model, or its weights lack a part of it.
+        RlsaeError: there is no such model, or its weights lack a part of it.
     """
-    if not (folder / "config.json").exists():
-        raise RlsaeError(f"{folder} is no transformers model: it has no config.json")
+    return _load(AutoModelForCausalLM, source, revision, device)
+
+
+def load_classifier(
+    source: Path | str, revision: str, device: torch.device | str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence-classification model and its tokenizer, from a folder or the hub, able to score padded batches."""
+    model, tokenizer = _load(AutoModelForSequenceClassification, source, revision, device)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _load(
+    kind: Any, source: Path | str, revision: str, device: torch.device | str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if isinstance(source, Path) and not (source / "config.json").exists():
+        raise RlsaeError(f"{source} is no transformers model: it has no config.json")
+    place: dict[str, Any] = {"local_files_only": True} if isinstance(source, Path) else {"revision": revision}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        model, report = kind.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **place
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise RlsaeError(f"transformers cannot load {folder}: {error}") from None
+        if isinstance(source, Path):
+            raise RlsaeError(f"transformers cannot load {source}: {error}") from None
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise RlsaeError(
+            f"cannot load {source} at revision {revision} from the hub{offline}: {error}\n"
+            "Offline? Download it first where there is a network: "
+            f"hf download {source} --revision {revision}; or copy it and give its path"
+        ) from None
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 1:
-        raise RlsaeError(f"{folder} holds no tokenizer; save one beside the weights")
+        raise RlsaeError(f"{source} holds no tokenizer; save one beside the weights")
     if report["missing_keys"]:
         raise RlsaeError(
-            f"{folder}: the weights lack {sorted(report['missing_keys'])}; this is not the model of its config.json"
+            f"{source}: the weights lack {sorted(report['missing_keys'])}; this is not the model of its config.json"
         )
     return model.to(device).eval(), tokenizer
 
@@ -83,24 +124,6 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """Write a transformers folder (safetensors)."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _existing(entry: LocalModel | HubModel, source: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if isinstance(entry, LocalModel):
-        assert source is not None
-        return load(source)
-    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(entry.repository, revision=entry.revision, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(entry.repository, revision=entry.revision)
-    except (OSError, ValueError) as error:
-        raise RlsaeError(
-            f"cannot load {entry.repository} at revision {entry.revision} from the hub"
-            f"{' (HF_HUB_OFFLINE is set)' if offline else ''}: {error}\n"
-            "Offline? Download it first where there is a network: "
-            f"hf download {entry.repository} --revision {entry.revision}; or copy it and use `source: path`"
-        ) from None
-    return model.eval(), tokenizer
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -113,6 +136,34 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         raise RlsaeError(f"the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}: they do not belong together")
     if tokenizer.eos_token_id is None:
         raise RlsaeError("the tokenizer has no end-of-text token (eos_token); set one in its tokenizer_config.json")
+
+
+def check_same_shape(base: PreTrainedModel, tuned: PreTrainedModel, tuned_name: str) -> None:
+    """
+    Raises:
+        RlsaeError: the two differ in architecture, layers, width or vocabulary: their layers cannot be compared.
+    """
+    facts = {
+        "architecture": lambda model: type(model).__name__,
+        "layers": lambda model: len(blocks(model)),
+        "width": width,
+        "vocabulary": lambda model: model.get_input_embeddings().weight.shape[0],
+    }
+    for name, fact in facts.items():
+        if fact(base) != fact(tuned):
+            raise RlsaeError(f"{tuned_name} is no tuning of the base: {name} {fact(tuned)}, the base has {fact(base)}")
+
+
+def check_same_tokenizer(base: PreTrainedTokenizerBase, tuned: PreTrainedTokenizerBase, tuned_name: str) -> None:
+    """
+    Raises:
+        RlsaeError: the two tokenizers number their tokens differently.
+    """
+    ours, theirs = base.get_vocab(), tuned.get_vocab()
+    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if different:
+        shown = ", ".join(repr(token) for token in different[:3])
+        raise RlsaeError(f"{tuned_name}: its tokenizer differs from the base's in {len(different)} tokens ({shown} …)")
 
 
 # --- layers, found by structure ----------------------------------------------------------------------------------

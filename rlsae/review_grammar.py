@@ -23,6 +23,7 @@ BAD = (
 ).split()
 LIKED = "admired adored appreciated enjoyed liked loved praised recommended".split()
 HATED = "criticized despised rejected disliked hated regretted resented".split()
+GOOD_WORDS, BAD_WORDS = {*GOOD, *LIKED}, {*BAD, *HATED}
 
 WORDS = {
     "film": "film movie picture story drama musical mystery western sequel remake feature saga".split(),
@@ -97,6 +98,35 @@ def write_reviews(count: int, rng: np.random.Generator) -> pd.DataFrame:
     if len(texts) < count:
         raise RlsaeError(f"documents: the grammar could not write {count} distinct reviews; ask for fewer")
     return pd.DataFrame({"text": list(texts), "label": np.fromiter(texts.values(), dtype=np.int8)})
+
+
+def write_contrasts(count: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """Distinct openings of reviews, each with two continuations: the first has more good words than the second.
+
+    Every slot is good or bad by chance, and both continuations fill the same templates, so that neither a single word nor
+    the length tells which is which.
+
+    Raises:
+        RlsaeError: the grammar does not hold so many.
+    """
+    contrasts: dict[str, tuple[str, str, str]] = {}
+    for _ in range(20 * count):
+        if len(contrasts) == count:
+            break
+        opening = _fill(str(rng.choice(OPENINGS)), 0, rng)
+        rest = " ".join(str(rng.choice(templates)) for templates in (MIDDLES, VERDICTS))
+        better, worse = sorted((" " + _fill(rest, 0, rng) for _ in range(2)), key=polarity, reverse=True)
+        if polarity(better) > polarity(worse):
+            contrasts.setdefault(opening, (opening, better, worse))
+    if len(contrasts) < count:
+        raise RlsaeError(f"documents: the grammar could not write {count} distinct pairs; ask for fewer")
+    return list(contrasts.values())
+
+
+def polarity(text: str) -> int:
+    """Good words less bad words."""
+    words = text.split()
+    return sum((word in GOOD_WORDS) - (word in BAD_WORDS) for word in words)
 
 
 def _fill(template: str, label: int, rng: np.random.Generator) -> str:

@@ -10,10 +10,12 @@ from numbers import Real
 from pathlib import Path
 from typing import Protocol
 
-from rlsae.config import AnyReward, LexiconReward
+from rlsae.config import AnyReward, ClassifierReward, LexiconReward
+from rlsae.config.tunings import Scope
 from rlsae.errors import RlsaeError
 
-WORD = re.compile(r"[a-z]+(?:'[a-z]+)*")
+WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+"""Letters of any script, with apostrophes inside."""
 
 
 class Reward(Protocol):
@@ -30,17 +32,50 @@ class Lexicon:
         self.polarity = read_lexicon(path) if path else vader_lexicon()
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        if self.entry.scope == "full":
-            responses = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        return [self.score(text) for text in responses]
+        return [self.score(text) for text in scored_texts(prompts, responses, self.entry.scope)]
 
     def score(self, text: str) -> float:
         total = sum(self.polarity.get(word, 0.0) for word in WORD.findall(text.lower()))
         return max(-self.entry.clip, min(self.entry.clip, self.entry.scale * total))
 
 
+class Classifier:
+    """scale · logit or probability of one label of a sequence-classification model."""
+
+    def __init__(self, entry: ClassifierReward, path: Path | None = None) -> None:
+        import torch
+
+        from rlsae.compute import device
+        from rlsae.models import load_classifier
+
+        self.entry, self.torch = entry, torch
+        source = path or entry.repository
+        assert source is not None
+        self.name = str(source)
+        self.model, self.tokenizer = load_classifier(source, entry.revision, device())
+        labels = {str(name): number for number, name in self.model.config.id2label.items()}
+        labels |= {str(number): number for number in labels.values()}
+        if entry.label not in labels:
+            names = ", ".join(str(name) for name in self.model.config.id2label.values())
+            raise RlsaeError(f"rewards.*.label: {self.name} has no label {entry.label!r}; it has: {names}")
+        self.label = labels[entry.label]
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        texts = scored_texts(prompts, responses, self.entry.scope)
+        scores: list[float] = []
+        for start in range(0, len(texts), self.entry.batch_size):
+            batch = self.tokenizer(
+                texts[start : start + self.entry.batch_size], padding=True, truncation=True, return_tensors="pt"
+            ).to(self.model.device)
+            with self.torch.no_grad():
+                logits_BC = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+            outputs_BC = logits_BC.softmax(-1) if self.entry.output == "probability" else logits_BC
+            scores += (self.entry.scale * outputs_BC[:, self.label]).tolist()
+        return scores
+
+
 class Checked:
-    """A user's function, with what it returns checked."""
+    """A function of texts, with what it returns checked."""
 
     def __init__(self, function: Callable[[list[str], list[str]], Sequence[float]], name: str) -> None:
         self.function, self.name = function, name
@@ -60,10 +95,20 @@ class Checked:
         return [float(score) for score in scores]
 
 
+def scored_texts(prompts: Sequence[str], responses: Sequence[str], scope: Scope) -> list[str]:
+    """The responses, or prompts and responses."""
+    if scope == "response":
+        return list(responses)
+    return [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+
+
 def load_reward(entry: AnyReward, path: Path | None = None) -> Reward:
     """The reward of a configuration entry; `path` is its file where it has one."""
     if isinstance(entry, LexiconReward):
         return Lexicon(entry, path)
+    if isinstance(entry, ClassifierReward):
+        classifier = Classifier(entry, path)
+        return Checked(classifier, classifier.name)
     assert path is not None
     return Checked(_load_function(path, entry.function), f"{path}:{entry.function}")
 

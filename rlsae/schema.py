@@ -8,7 +8,7 @@ import yaml
 
 from rlsae.config import SECTIONS, Config
 
-HEADER = "# Generated from rlsae/config.py by `rlsae schema`. Do not edit.\n"
+HEADER = "# Generated from rlsae/config/ by `rlsae schema`. Do not edit.\n"
 
 
 def schema() -> dict[str, Any]:

@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlsae.config import PPOTuning
+from rlsae.config import Tuning
 from rlsae.rewards import Reward
 from rlsae.statistics import bootstrap_ci95
 from rlsae.training import joint_seed
 from rlsae.tuning.rollout import Prompts, Rollout, generate, next_token_logp, taken
 
-BATCH = 64
+BATCH = 32
 SAMPLES = 64
 """Rows of the table of samples."""
+KL_HIGH = 1.0
+"""Nats per token beyond which samples read as another language (fluent tunings stay at 0.3–0.6)."""
+SUPPRESSED = 0.5
+"""Share of the base's distinct bigrams, or of its rate of ended responses, below which they count as suppressed."""
 
 
 def evaluate(
@@ -27,13 +31,13 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     reward: Reward,
-    entry: PPOTuning,
+    entry: Tuning,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Metrics of a tuning, and prompts with the responses of both models.
 
-    `kl` is E[Σ_t KL(tuned ‖ base)_t] over the tuned model's own responses, each term exact over the vocabulary (nats per
-    response); `perplexity_*` that of each model's responses under the base; `distinct_2_*` the share of distinct ones
-    among all bigrams of words; `eos_rate_*` the share of responses that end by themselves.
+    The same for every method. `kl` is E[Σ_t KL(tuned ‖ base)_t] over the tuned model's own responses, each term exact
+    over the vocabulary (nats per response); `perplexity_*` that of each model's responses under the base; `distinct_2_*`
+    the share of distinct ones among all bigrams of words; `eos_rate_*` the share of responses that end by themselves.
     """
     rng = np.random.default_rng([entry.seed, 2**31])
     queries = prompts.sample(entry.evaluation_prompts, rng, distinct=True)
@@ -65,7 +69,23 @@ def evaluate(
     gain = columns["reward_tuned"] - columns["reward_base"]
     metrics |= {"reward_gain": float(gain.mean()), "reward_gain_ci95": bootstrap_ci95(gain)}
     metrics |= {f"reward_{role}_ci95": bootstrap_ci95(columns[f"reward_{role}"]) for role in ("base", "tuned")}
+    metrics["signs_of_reward_hacking"] = signs_of_reward_hacking(metrics)
     return metrics, pd.DataFrame(columns).head(SAMPLES)
+
+
+def signs_of_reward_hacking(metrics: dict[str, Any]) -> list[str]:
+    """Which of `kl_high`, `distinct_2_collapsed` and `eos_suppressed` hold: a reward gained that way means little."""
+
+    def suppressed(key: str) -> bool:
+        base, tuned = metrics[f"{key}_base"], metrics[f"{key}_tuned"]
+        return base is not None and (tuned or 0.0) < SUPPRESSED * base
+
+    signs = {
+        "kl_high": metrics["kl_per_token"] > KL_HIGH,
+        "distinct_2_collapsed": suppressed("distinct_2"),
+        "eos_suppressed": suppressed("eos_rate"),
+    }
+    return [sign for sign, holds in signs.items() if holds]
 
 
 @torch.no_grad()

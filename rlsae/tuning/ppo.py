@@ -13,24 +13,21 @@ Shapes are those of `rollout.py`. Every random draw is seeded by (seed, batch), 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from peft import get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlsae.config import PPOTuning
-from rlsae.models import save
-from rlsae.progress import Progress
 from rlsae.resumable import Stage
 from rlsae.rewards import Reward
-from rlsae.training import load_optimizer, optimizer_tensors, set_learning_rate, warmup_linear
+from rlsae.training import joint_seed, load_optimizer, optimizer_tensors, set_learning_rate, warmup_linear
+from rlsae.tuning.history import History
+from rlsae.tuning.policy import autocast, keep_checkpoint, lora_config, merged
 from rlsae.tuning.rollout import PolicyWithValue, Prompts, Rollout, generate, next_token_logp, taken
-
-SCORING_BATCH = 64
-"""Responses whose logits are held at once outside the update."""
 
 
 def tune(
@@ -41,38 +38,44 @@ def tune(
     reward: Reward,
     entry: PPOTuning,
     stage: Stage,
-) -> pd.DataFrame:
-    """Tune `lm` in place; publish checkpoints under `stage.work / "checkpoints"`.
+) -> tuple[PreTrainedModel, pd.DataFrame]:
+    """Tune `lm`, in place where it has no adapters; publish checkpoints under `stage.work`.
 
     Returns:
-        One row per rollout batch: reward, kl (nats per response), kl_coefficient, entropy (nats per token),
-        policy_loss, value_loss, clip_fraction, response_length (tokens), learning_rate.
+        The tuned model, and one row per rollout batch: reward, kl (nats per response), kl_coefficient, entropy (nats per
+        token), policy_loss, value_loss, clip_fraction, response_length (tokens), learning_rate.
     """
-    prompts = Prompts(corpus, tokenizer, base, entry.query_tokens, entry.response_tokens, held_out=False)
+    prompts = Prompts(corpus, tokenizer, base, entry, held_out=False)
+    if (adapters := lora_config(entry)) is not None:
+        torch.manual_seed(joint_seed(entry.seed, 1))
+        lm = get_peft_model(lm, adapters)
     policy = PolicyWithValue(lm)
     policy.value_head.to(lm.device)
     groups = [
-        {"params": list(lm.parameters()), "peak_lr": entry.learning_rate},
+        {"params": [p for p in lm.parameters() if p.requires_grad], "peak_lr": entry.learning_rate},
         {"params": list(policy.value_head.parameters()), "peak_lr": entry.value_learning_rate},
     ]
     optimizer = torch.optim.AdamW(groups, lr=entry.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    history: list[dict[str, float]] = []
+    rows: list[dict[str, float]] = []
     kl_coefficient = entry.kl_coefficient
     if (state := stage.load_state()) is not None:
         tensors, values = state
         policy.load_state_dict({n.removeprefix("policy."): t for n, t in tensors.items() if n.startswith("policy.")})
         load_optimizer(optimizer, tensors)
-        history, kl_coefficient = values["history"], values["kl_coefficient"]
+        rows, kl_coefficient = values["history"], values["kl_coefficient"]
 
-    progress = Progress("ppo", entry.batches * entry.batch_size, "samples", done=len(history) * entry.batch_size)
-    for batch in range(len(history), entry.batches):
+    history = History(stage, entry, rows)
+    for batch in range(len(rows), entry.batches):
         rng = np.random.default_rng([entry.seed, batch])
         limits = rng.integers(entry.response_tokens[0], entry.response_tokens[1] + 1, entry.batch_size)
-        rollout = generate(lm, tokenizer, prompts.sample(entry.batch_size, rng), limits, int(rng.integers(2**31)))
+        with autocast(entry, lm.device):
+            rollout = generate(lm, tokenizer, prompts.sample(entry.batch_size, rng), limits, int(rng.integers(2**31)))
+            logp_BR, base_logp_BR, values_BR = score(policy, base, rollout, entry.rows_at_once)
         scores_B = torch.tensor(reward(rollout.prompts, rollout.responses), device=lm.device)
-        logp_BR, base_logp_BR, values_BR = score(policy, base, rollout)
         kl_BR = logp_BR - base_logp_BR
         rewards_BR = token_rewards(scores_B, kl_BR, rollout, kl_coefficient)
+        if entry.whiten_rewards:
+            rewards_BR = whiten(rewards_BR, rollout.response_mask_BR, keep_mean=True)
         advantages_BR, returns_BR = advantages(
             rewards_BR, values_BR, rollout.response_mask_BR, entry.discount, entry.gae_lambda
         )
@@ -82,40 +85,55 @@ def tune(
         steps = []
         for _ in range(entry.epochs):
             order = torch.from_numpy(rng.permutation(entry.batch_size)).to(lm.device)
-            for rows in order.split(entry.minibatch_size):
-                loss, figures = ppo_loss(
-                    policy, rollout[rows], logp_BR[rows], values_BR[rows], advantages_BR[rows], returns_BR[rows], entry
-                )
-                loss.backward()
+            for minibatch in order.split(entry.minibatch_size):
+                tokens = rollout.lengths_B[minibatch].sum()
+                for part in minibatch.split(entry.rows_at_once):
+                    with autocast(entry, lm.device):
+                        loss, figures = ppo_loss(
+                            policy,
+                            rollout[part],
+                            logp_BR[part],
+                            values_BR[part],
+                            advantages_BR[part],
+                            returns_BR[part],
+                            tokens,
+                            entry,
+                        )
+                    loss.backward()
+                    steps.append(figures)
                 torch.nn.utils.clip_grad_norm_(policy.parameters(), entry.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                steps.append(figures)
 
         kl = kl_BR.sum(1).mean().item()
-        history.append(
+        updates = len(steps) / entry.gradient_accumulation
+        sums = torch.stack([torch.stack(list(figures.values())) for figures in steps]).sum(0).tolist()
+        history.add(
             {
-                "batch": batch,
                 "reward": scores_B.mean().item(),
                 "kl": kl,
                 "kl_coefficient": kl_coefficient,
                 "response_length": rollout.lengths_B.float().mean().item(),
                 "learning_rate": entry.learning_rate * factor,
-                **{key: float(np.mean([s[key] for s in steps])) for key in steps[0]},
+                **{name: total / updates for name, total in zip(steps[0], sums, strict=True)},
             }
         )
         kl_coefficient = adapt(kl_coefficient, kl, entry)
-        progress.update(entry.batch_size, reward=history[-1]["reward"], kl=kl)
-        _keep(stage, batch + 1, entry, policy, optimizer, tokenizer, history, kl_coefficient)
-    return pd.DataFrame(history)
+        if batch + 1 in entry.checkpoint_steps():
+            keep_checkpoint(stage, merged(lm), tokenizer, batch + 1)
+        if stage.due():
+            weights = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
+            values = {"history": history.rows, "kl_coefficient": kl_coefficient}
+            stage.save_state(weights | optimizer_tensors(optimizer), values)
+    return merged(lm), history.table()
 
 
 @torch.no_grad()
-def score(policy: PolicyWithValue, base: PreTrainedModel, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the sampled tokens under policy and base, and values, each [B, R]."""
+def score(policy: PolicyWithValue, base: PreTrainedModel, rollout: Rollout, at_once: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the sampled tokens under policy and base, and values, each [B, R], `at_once` rows at a time."""
     parts = []
-    for start in range(0, len(rollout), SCORING_BATCH):
-        part = rollout[start : start + SCORING_BATCH]
+    for start in range(0, len(rollout), at_once):
+        part = rollout[start : start + at_once]
         logp_BRV, values_BR = policy(part)
         parts.append((taken(logp_BRV, part), taken(next_token_logp(base, part), part), values_BR * part.response_mask_BR))
     logp_BR, base_logp_BR, values_BR = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -142,9 +160,15 @@ def advantages(
         next_value_B = values_BR[:, t] * mask_BR[:, t]
         result_BR[:, t] = running_B
     returns_BR = result_BR + values_BR
-    kept = result_BR[mask_BR]
-    whitened_BR = (result_BR - kept.mean()) / (kept.std(correction=min(1, len(kept) - 1)) + 1e-8)
-    return whitened_BR * mask_BR, returns_BR
+    return whiten(result_BR, mask_BR), returns_BR
+
+
+def whiten(values_BR: Tensor, mask_BR: Tensor, *, keep_mean: bool = False) -> Tensor:
+    """Scale the values at response tokens to unit variance, around their mean or around zero; 0 elsewhere."""
+    kept = values_BR[mask_BR]
+    mean = kept.mean()
+    whitened_BR = (values_BR - mean) / (kept.std(correction=min(1, len(kept) - 1)) + 1e-8)
+    return (whitened_BR + mean if keep_mean else whitened_BR) * mask_BR
 
 
 def ppo_loss(
@@ -154,22 +178,27 @@ def ppo_loss(
     old_values_BR: Tensor,
     advantages_BR: Tensor,
     returns_BR: Tensor,
+    tokens: Tensor,
     entry: PPOTuning,
-) -> tuple[Tensor, dict[str, float]]:
-    """Equation (1), negated, as means over response tokens."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Equation (1), negated: sums over response tokens, divided by the `tokens` of the whole minibatch."""
+
+    def mean(values_BR: Tensor) -> Tensor:
+        return values_BR[mask_BR].sum() / tokens
+
     mask_BR = rollout.response_mask_BR
     logp_BRV, values_BR = policy(rollout)
     ratio_BR = (taken(logp_BRV, rollout) - old_logp_BR).exp()
     clipped_BR = ratio_BR.clamp(1 - entry.clip, 1 + entry.clip)
-    policy_loss = -torch.min(ratio_BR * advantages_BR, clipped_BR * advantages_BR)[mask_BR].mean()
+    policy_loss = mean(-torch.min(ratio_BR * advantages_BR, clipped_BR * advantages_BR))
     near_BR = old_values_BR + (values_BR - old_values_BR).clamp(-entry.value_clip, entry.value_clip)
-    value_loss = 0.5 * torch.max((values_BR - returns_BR) ** 2, (near_BR - returns_BR) ** 2)[mask_BR].mean()
+    value_loss = mean(0.5 * torch.max((values_BR - returns_BR) ** 2, (near_BR - returns_BR) ** 2))
     with torch.no_grad():
         figures = {
-            "entropy": -(logp_BRV.exp() * logp_BRV).sum(-1)[mask_BR].mean().item(),
-            "policy_loss": policy_loss.item(),
-            "value_loss": value_loss.item(),
-            "clip_fraction": (ratio_BR != clipped_BR)[mask_BR].float().mean().item(),
+            "entropy": mean(-(logp_BRV.exp() * logp_BRV).sum(-1)),
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "clip_fraction": mean((ratio_BR != clipped_BR).float()),
         }
     return policy_loss + entry.value_coefficient * value_loss, figures
 
@@ -180,25 +209,3 @@ def adapt(kl_coefficient: float, kl: float, entry: PPOTuning) -> float:
         return kl_coefficient
     error = float(np.clip(kl / entry.kl_target - 1, -0.2, 0.2))
     return kl_coefficient * (1 + error * entry.batch_size / entry.kl_horizon)
-
-
-def _keep(
-    stage: Stage,
-    done: int,
-    entry: PPOTuning,
-    policy: PolicyWithValue,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: PreTrainedTokenizerBase,
-    history: list[dict[str, float]],
-    kl_coefficient: float,
-) -> None:
-    """After a batch: publish a checkpoint where one is due, and save the partial state."""
-    if done in entry.checkpoint_steps():
-        folder = stage.work / "checkpoints" / f"{done}.partial"
-        save(policy.lm, tokenizer, folder)
-        if not folder.with_suffix("").exists():
-            folder.rename(folder.with_suffix(""))
-    if stage.due():
-        weights = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
-        values: dict[str, Any] = {"history": history, "kl_coefficient": kl_coefficient}
-        stage.save_state(weights | optimizer_tensors(optimizer), values)

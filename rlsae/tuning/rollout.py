@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlsae.corpora import DOCUMENTS
+from rlsae.config import Tuning
+from rlsae.corpora import DOCUMENTS, PAIRS
 from rlsae.errors import RlsaeError
 from rlsae.models import context_limit, width
 
@@ -56,10 +57,10 @@ class Rollout:
 
 
 class Prompts:
-    """Beginnings of a corpus's documents, `query_tokens` long.
+    """Beginnings of a corpus's documents, `query_tokens` long; of a corpus of preferences, the prompts of its pairs.
 
     Raises:
-        RlsaeError: no document is long enough, or prompt and response do not fit the model's context.
+        RlsaeError: no document is long enough, or no prompt fits the model's context beside its response.
     """
 
     def __init__(
@@ -67,21 +68,33 @@ class Prompts:
         corpus: Path,
         tokenizer: PreTrainedTokenizerBase,
         model: PreTrainedModel,
-        query_tokens: tuple[int, int],
-        response_tokens: tuple[int, int],
+        entry: Tuning,
         held_out: bool,
     ) -> None:
-        self.low, self.high = query_tokens
-        needed, limit = self.high + response_tokens[1], context_limit(model)
-        if needed > limit:
-            raise RlsaeError(f"query_tokens + response_tokens: up to {needed} tokens, the model's context holds {limit}")
-        documents = pd.read_parquet(corpus / DOCUMENTS)
-        texts = documents.text[documents.held_out == held_out].tolist()
+        self.low, self.high = entry.query_tokens
+        self.whole = (corpus / PAIRS).exists()
+        side, longest = "held-out" if held_out else "training", entry.response_tokens[1]
+        room = context_limit(model) - longest
+        documents = pd.read_parquet(corpus / (PAIRS if self.whole else DOCUMENTS))
+        texts = documents["prompt" if self.whole else "text"][documents.held_out == held_out].tolist()
+        if self.whole:
+            ids = [tokenizer(text)["input_ids"] for text in texts]
+            self.ids = [i for i in ids if 0 < len(i) <= room]
+            if not self.ids:
+                raise RlsaeError(
+                    f"response_tokens: no {side} prompt of {corpus} leaves room for {longest} tokens in the model's context "
+                    f"of {context_limit(model)}"
+                )
+            return
+        if self.high > room:
+            raise RlsaeError(
+                f"query_tokens + response_tokens: up to {self.high + longest} tokens, "
+                f"the model's context holds {context_limit(model)}"
+            )
         # No token is shorter than a byte, so this prefix holds `high` tokens of any text that has them.
         ids = [tokenizer(text[: 40 * self.high])["input_ids"][: self.high] for text in texts]
         self.ids = [i for i in ids if len(i) == self.high]
         if not self.ids:
-            side = "held-out" if held_out else "training"
             raise RlsaeError(f"query_tokens: no {side} document of {corpus} has {self.high} tokens; lower the longest prompt")
 
     def require(self, count: int) -> None:
@@ -90,13 +103,15 @@ class Prompts:
             RlsaeError: fewer than `count` documents are long enough.
         """
         if count > len(self.ids):
-            raise RlsaeError(f"evaluation_prompts: {count} are asked for, {len(self.ids)} held-out documents are long enough")
+            raise RlsaeError(f"evaluation_prompts: {count} are asked for, {len(self.ids)} held-out ones fit")
 
     def sample(self, count: int, rng: np.random.Generator, *, distinct: bool = False) -> list[list[int]]:
-        """Token ids of `count` prompts of random lengths."""
+        """Token ids of `count` prompts; those from documents are of random lengths."""
         if distinct:
             self.require(count)
         chosen = rng.choice(len(self.ids), count, replace=not distinct and count > len(self.ids))
+        if self.whole:
+            return [self.ids[i] for i in chosen]
         return [self.ids[i][: rng.integers(self.low, self.high + 1)] for i in chosen]
 
 
@@ -177,7 +192,7 @@ class PolicyWithValue(nn.Module):
             logp_BRV = next_token_logp(self.lm, rollout)
         finally:
             handle.remove()
-        return logp_BRV, self.value_head(captured[0][:, :-1]).squeeze(-1)
+        return logp_BRV, self.value_head(captured[0][:, :-1]).squeeze(-1).float()
 
 
 def next_token_logp(lm: PreTrainedModel, rollout: Rollout) -> Tensor:

@@ -11,7 +11,7 @@ from rlsae.code_digest import PACKAGE, code_digest
 from rlsae.errors import RlsaeError
 
 SOURCES = {
-    "config.py": "DEFAULT = 1\n",
+    "config/__init__.py": "DEFAULT = 1\n",
     "base.py": "def double(x):\n    return 2 * x\n",
     "middle.py": "from rlsae.base import double\nfrom rlsae.config import DEFAULT\n\nVALUE = double(DEFAULT)\n",
     "train.py": '"""Trains."""\n\nfrom rlsae.middle import VALUE\n\ndef train():\n    """Train."""\n    return VALUE\n',
@@ -72,7 +72,7 @@ def test_a_change_in_a_module_that_is_not_imported_does_not_count(changed):
 
 
 def test_the_configuration_does_not_count_because_settings_are_parameters_of_their_own(changed):
-    assert changed({"config.py": "DEFAULT = 2\n"}) == changed()
+    assert changed({"config/__init__.py": "DEFAULT = 2\n"}) == changed()
 
 
 def test_a_module_of_a_subpackage_counts_though_it_has_the_name_of_a_neutral_one(changed):

@@ -12,7 +12,7 @@ sys.path.insert(0, workflow.basedir)
 
 from rlsae.artifacts import canonical_json
 from rlsae.code_digest import code_digest
-from rlsae.config import LocalModel, PretrainedModel
+from rlsae.config import PretrainedModel
 from rlsae.errors import RlsaeError
 from rlsae.expand import parse_config
 from rlsae.layout import SURVEY, Layout, kind_of, model_of, policy_folder, run_this_checkout, weights_folder
@@ -62,9 +62,10 @@ def option(name, path):
 
 
 def corpus_files(corpus):
+    data = "documents" if CONFIG.corpora[corpus].kind == "documents" else "pairs"
     return [
         f"results/corpora/{corpus}/manifest.json",
-        ancient(f"results/corpora/{corpus}/documents.parquet"),
+        ancient(f"results/corpora/{corpus}/{data}.parquet"),
     ]
 
 
@@ -204,7 +205,12 @@ def targets(last):
 
 
 def corpus_source(wildcards):
-    return getattr(CONFIG.corpora[wildcards.corpus], "path", None) or []
+    return source_files(CONFIG.corpora[wildcards.corpus])
+
+
+def corpora_of_kind(kind):
+    """A pattern of the names of the corpora that hold documents, or preferences."""
+    return one_of([name for name, entry in CONFIG.corpora.items() if entry.kind == kind])
 
 
 def model_corpus(wildcards):
@@ -212,12 +218,16 @@ def model_corpus(wildcards):
     return corpus_files(entry.corpus) if isinstance(entry, PretrainedModel) else []
 
 
-def model_source(wildcards):
-    """The files of a local model, so that a change of any of them is seen."""
-    entry = CONFIG.models[wildcards.model]
-    if not isinstance(entry, LocalModel):
+def source_files(entry):
+    """The file that an entry names, or the files of its folder, so that a change of any of them is seen."""
+    path = getattr(entry, "path", None)
+    if not path:
         return []
-    return sorted(str(p) for p in Path(entry.path).glob("*") if p.is_file()) or [f"{entry.path}/config.json"]
+    return sorted(str(p) for p in Path(path).glob("*") if p.is_file()) or [path]
+
+
+def model_source(wildcards):
+    return source_files(CONFIG.models[wildcards.model])
 
 
 def model_options(wildcards):
@@ -231,8 +241,21 @@ def tuning_corpus(wildcards):
     return corpus_files(CONFIG.tunings[wildcards.tuning].corpus)
 
 
-def reward_file(wildcards):
-    return getattr(CONFIG.rewards[CONFIG.tunings[wildcards.tuning].reward], "path", None) or []
+def reward_of(wildcards):
+    return CONFIG.rewards[CONFIG.tunings[wildcards.tuning].reward]
+
+
+def reward_files(wildcards):
+    return source_files(reward_of(wildcards))
+
+
+def external_files(wildcards):
+    return source_files(CONFIG.tunings[wildcards.tuning])
+
+
+def tuning_options(wildcards):
+    reward, tuning = reward_of(wildcards), CONFIG.tunings[wildcards.tuning]
+    return " ".join(option(name, getattr(entry, "path", None)) for name, entry in (("reward-file", reward), ("tuned", tuning)))
 
 
 def activation_parts(wildcards):

@@ -1,4 +1,4 @@
-# corpora/{corpus}: documents, generated or read, with the held-out ones marked.
+# corpora/{corpus}: documents or preference pairs, generated or read, with the held-out ones marked.
 
 
 rule corpus:
@@ -11,6 +11,8 @@ rule corpus:
         "logs/corpora/{corpus}.log",
     benchmark:
         "benchmarks/corpora/{corpus}.tsv"
+    wildcard_constraints:
+        corpus=corpora_of_kind("documents"),
     conda:
         "../../envs/rlsae.yaml"
     threads: 1
@@ -24,3 +26,11 @@ rule corpus:
     shell:
         "python -m rlsae corpus --settings {params.settings:q} {params.source}"
         " --out results/corpora/{wildcards.corpus} --work results/.work/corpora/{wildcards.corpus} >> {log} 2>&1"
+
+
+use rule corpus as preferences with:
+    output:
+        pairs="results/corpora/{corpus}/pairs.parquet",
+        manifest=ensure("results/corpora/{corpus}/manifest.json", non_empty=True),
+    wildcard_constraints:
+        corpus=corpora_of_kind("preferences"),

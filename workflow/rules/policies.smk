@@ -5,7 +5,8 @@ rule tune:
     input:
         base=lambda wildcards: policy_files(wildcards.model),
         corpus=tuning_corpus,
-        reward=reward_file,
+        reward=reward_files,
+        external=external_files,
     output:
         model=directory("results/policies/{model}.{tuning}/model"),
         checkpoints=directory("results/policies/{model}.{tuning}/checkpoints"),
@@ -26,9 +27,9 @@ rule tune:
         settings=settings(LAYOUT.policy_settings, "tuning"),
         code=code_digest("tuning"),
         corpus=lambda wildcards: f"results/corpora/{CONFIG.tunings[wildcards.tuning].corpus}",
-        reward=lambda wildcards, input: option("reward-file", input.reward),
+        files=tuning_options,
     shell:
         "python -m rlsae tune --settings {params.settings:q} --base results/models/{wildcards.model}"
-        " --corpus {params.corpus} {params.reward} --threads {threads}"
+        " --corpus {params.corpus} {params.files} --threads {threads}"
         " --out results/policies/{wildcards.model}.{wildcards.tuning}"
         " --work results/.work/policies/{wildcards.model}.{wildcards.tuning} >> {log} 2>&1"

@@ -1,0 +1,47 @@
+"""What every entry of a configuration is made of: names, paths, references, and settings that shape an artifact."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SLUG = r"[a-z0-9]+(-[a-z0-9]+)*"
+Slug = Annotated[str, Field(pattern=f"^{SLUG}$")]
+Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+IS_PATH = Field(json_schema_extra={"file": True})
+"""Metadata of a path on this machine: never part of a manifest; the file's digest is."""
+FilePath = Annotated[str, IS_PATH]
+
+
+def reference(section: str) -> Any:
+    """Metadata of a field that names an entry of `section`."""
+    return Field(json_schema_extra={"entry_of": section})
+
+
+CorpusName = Annotated[Slug, reference("corpora")]
+ModelName = Annotated[Slug, reference("models")]
+RewardName = Annotated[Slug, reference("rewards")]
+TuningOrCheckpoint = Annotated[str, Field(pattern=rf"^{SLUG}(@[1-9]\d*)?$"), reference("tunings")]
+ActivationName = Annotated[Slug, reference("activations")]
+DictionaryNames = Annotated[list[Slug], Field(min_length=1), reference("dictionaries")]
+
+RESERVED = {"index", "paper"}
+
+
+class Entry(BaseModel):
+    """One named entry of a section. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def marked(cls, mark: str) -> dict[str, Any]:
+        """Fields marked as `file` (a path on this machine) or `entry_of` (a reference), with the mark's value."""
+        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        return {name: extra[mark] for name, extra in extras.items() if isinstance(extra, dict) and mark in extra}
+
+    def settings(self) -> dict[str, Any]:
+        """What shapes the artifact, as plain JSON values: every field but the paths of this machine."""
+        return self.model_dump(mode="json", exclude=set(self.marked("file")))

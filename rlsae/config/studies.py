@@ -1,0 +1,122 @@
+"""What is dumped, trained and compared: activations, dictionaries, studies."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator
+
+from rlsae.config.entry import (
+    ActivationName,
+    CorpusName,
+    DictionaryNames,
+    Entry,
+    ModelName,
+    Positive,
+    Seed,
+    Share,
+    Slug,
+    TuningOrCheckpoint,
+)
+
+
+class Activation(Entry):
+    hook: Literal["mlp", "attention", "block"] = Field("mlp", description="Output of each layer that is stored.")
+    survey_rows: Positive = Field(16_384, description="At most so many rows (tokens) of every layer, to rank layers.")
+    rows: Positive = Field(65_536, description="At most so many rows (tokens) of the chosen layers, to train on.")
+    rows_per_part: Annotated[int, Field(gt=0, multiple_of=1024)] = Field(
+        1_048_576, description="Rows that one job dumps; parts run side by side."
+    )
+    dtype: Literal["float16", "float32"] = Field("float16", description="Number format of the stored rows.")
+    keep: bool = Field(True, description="Keep the stores; false: delete each once everything made from it is done.")
+
+
+class Dictionary(Entry):
+    architecture: Literal["tied_relu"] = Field("tied_relu", description="File of rlsae/sae/ that defines it.")
+    expansion: Annotated[float, Field(gt=0)] = Field(1.0, description="Latents per channel.")
+    l1: Annotated[float, Field(ge=0)] = Field(
+        1e-2, description="Weight of the L1 norm beside the mean-square error per channel."
+    )
+    normalize: bool = Field(True, description="Centre and scale rows by the store's statistics; folded on export.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-3, description="Peak learning rate of Adam.")
+    epochs: Positive = Field(4, description="Passes over the training rows.")
+    batch_rows: Positive = Field(1024, description="Rows per optimizer step.")
+    warmup_share: Share = Field(0.05, description="Share of the run with rising learning rate.")
+    decay_share: Share = Field(0.2, description="Share of the run, at its end, with falling learning rate.")
+    seeds: list[Seed] = Field([0, 1], min_length=1, description="One sparse autoencoder each, from one read of the rows.")
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("the same seed twice is no replication")
+        return seeds
+
+
+class Choice(Entry):
+    """Layers chosen by rank or position."""
+
+    by: Literal["weight_l2_sum", "weight_l2_relative", "activation_l2_relative"] = Field(
+        "weight_l2_sum", description="Measure of divergence; weight_l2_sum is the paper's."
+    )
+    order: Literal["highest", "lowest", "first", "last"] = Field("highest", description="Which end of the ranking.")
+    count: Positive = Field(2, description="Number of layers.")
+
+
+class SameAs(Entry):
+    """The layers of another study, so that both compare the same ones."""
+
+    same_as: Slug = Field(description="Study whose layers are taken over.")
+
+
+def _layers_variant(value: Any) -> str:
+    """Which form of `layers` was written, so that a mistake is explained in terms of that form alone."""
+    if isinstance(value, SameAs) or (isinstance(value, dict) and "same_as" in value):
+        return "<same_as>"
+    if isinstance(value, Choice | dict):
+        return "<choice>"
+    return "<list>" if isinstance(value, list) else "<all>"
+
+
+Layers = Annotated[
+    Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), Tag("<list>")]
+    | Annotated[Literal["all"], Tag("<all>")]
+    | Annotated[Choice, Tag("<choice>")]
+    | Annotated[SameAs, Tag("<same_as>")],
+    Discriminator(_layers_variant),
+]
+
+
+class Sizes(Entry):
+    """The paper's small and big dictionary, between which it matches latents."""
+
+    small: Slug = Field(description="One of the study's dictionaries.")
+    big: Slug = Field(description="Another one, with more latents.")
+
+
+class Interpretation(Entry):
+    latents: Positive = Field(20, description="Latents explained per policy, layer and dictionary.")
+    examples: Positive = Field(10, description="Top activating windows per latent.")
+    window: Positive = Field(16, description="Tokens per window.")
+    top_tokens: Positive = Field(8, description="Tokens that the explanation names.")
+
+
+class Study(Entry):
+    model: ModelName = Field(description="Base model.")
+    tuning: TuningOrCheckpoint = Field(description="Tuning whose effect is studied; `name@step` for a published checkpoint.")
+    corpus: CorpusName = Field(description="Documents whose activations are compared.")
+    activation: ActivationName = Field(description="Dump recipe.")
+    layers: Layers = Field(Choice(), description="Explicit layers, `all`, a choice, or `same_as` another study.")
+    dictionaries: DictionaryNames = Field(description="Dictionary recipes to train on both policies.")
+    sizes: Sizes | None = Field(None, description="Which two dictionaries are the paper's small and big.")
+    interpretation: Interpretation = Field(Interpretation(), description="How many latents to explain, and how.")
+
+    @property
+    def base(self) -> str:
+        """The base policy."""
+        return self.model
+
+    @property
+    def tuned(self) -> str:
+        """The tuned policy."""
+        return f"{self.model}.{self.tuning}"
