@@ -115,7 +115,10 @@ def _read_rows(entry: FileCorpus | HubCorpus, source: Path | None, fields: tuple
         return [{entry.text_field: line} for line in _read_lines(source) if line.strip()]
     if name.endswith(".jsonl"):
         return [_json_row(source, number, line, fields) for number, line in enumerate(_read_lines(source)) if line.strip()]
-    raise RlsaeError(f"{source}: expected a name that ends in .jsonl, .parquet or .txt (or .jsonl.gz, .txt.gz)")
+    expected = (
+        ".jsonl, .parquet or .txt (or .jsonl.gz, .txt.gz)" if entry.kind == "documents" else ".jsonl, .jsonl.gz or .parquet"
+    )
+    raise RlsaeError(f"{source}: expected a name that ends in {expected}")
 
 
 def _require(fields: tuple[str, ...], found: list[str], complaint: str) -> None:

@@ -119,10 +119,10 @@ def activation_divergence(base: ActivationStore, tuned: ActivationStore) -> tupl
     document_of_row = np.repeat(np.arange(documents), np.diff(base.start))
     shift_DL, size_DL = np.zeros((documents, len(base.layers))), np.zeros((documents, len(base.layers)))
     for column, layer in enumerate(base.layers):
-        acts_base, acts_tuned = base.acts(layer), tuned.acts(layer)
-        for first in range(0, base.rows, acts_base.shards[0]):
-            rows = slice(first, min(first + acts_base.shards[0], base.rows))
-            before, after = acts_base[rows].astype(np.float64), acts_tuned[rows].astype(np.float64)
+        step = base.acts(layer).chunks[0]
+        for first in range(0, base.rows, step):
+            rows = slice(first, min(first + step, base.rows))
+            before, after = (s.read(layer, rows.start, rows.stop).astype(np.float64) for s in (base, tuned))
             shift = np.linalg.norm(after - before, axis=1)
             shift_DL[:, column] += np.bincount(document_of_row[rows], shift, documents)
             size_DL[:, column] += np.bincount(document_of_row[rows], np.linalg.norm(before, axis=1), documents)

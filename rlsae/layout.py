@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ RESULTS = Path("results")
 SURVEY = "survey"
 PER_TOKENS = ("context_length", "drop_positions")
 """Settings of a corpus that shape its tokens, not its documents."""
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
+"""Names of these numbers in the config.json of the model families."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Layout:
             "rows": entry.survey_rows if kind == SURVEY else entry.rows,
             "rows_per_part": entry.rows_per_part,
             "dtype": entry.dtype,
+            "precision": entry.precision,
+            "codec": entry.codec,
         }
 
     def divergence_settings(self, study: str) -> dict[str, Any]:
@@ -127,6 +132,22 @@ class Layout:
         """Number of parts of a dump: it follows from the configuration alone, never from the machine."""
         entry = self.config.activations[activation]
         return math.ceil((entry.survey_rows if kind == SURVEY else entry.rows) / entry.rows_per_part)
+
+    def part_megabytes(self, activation: str, kind: str, policy: str) -> int:
+        """Disk that one part of a dump takes, at most; 0 for a model of the hub that has not been fetched yet."""
+        entry, folder = self.config.activations[activation], self.model_folder(model_of(policy))
+        if not (folder / "config.json").exists():
+            return 0
+        rows = min(entry.survey_rows if kind == SURVEY else entry.rows, entry.rows_per_part)
+        layers = layers_of(kind)
+        count = folder_layer_count(folder) if layers is None else len(layers)
+        width = folder_number(folder, WIDTH_KEYS, "channels")
+        return math.ceil(rows * count * width * (2 if entry.dtype == "float16" else 4) / 1e6)
+
+    def model_folder(self, model: str) -> Path:
+        """The transformers folder of a base model: the user's own, or the published one."""
+        entry = self.config.models[model]
+        return Path(entry.path) if isinstance(entry, LocalModel) else RESULTS / "models" / model / "model"
 
     def layer_source(self, study: str) -> str:
         """The study whose choice of layers counts, `same_as` followed to its end."""
@@ -252,16 +273,21 @@ def positional_layers(choice: Choice, count: int) -> list[int]:
 
 
 def folder_layer_count(folder: Path) -> int:
-    """Number of layers of a transformers folder.
+    """Number of layers of a transformers folder."""
+    return folder_number(folder, LAYER_KEYS, "layers")
+
+
+def folder_number(folder: Path, keys: Sequence[str], what: str) -> int:
+    """A number that the config.json of a transformers folder states under one of several keys.
 
     Raises:
-        RlsaeError: the folder has no readable config.json.
+        RlsaeError: the folder has no readable config.json, or it lacks them all.
     """
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise RlsaeError(f"{folder} is no transformers model: it has no readable config.json") from None
-    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+    for key in keys:
         if key in content:
             return int(content[key])
-    raise RlsaeError(f"{folder / 'config.json'} does not say how many layers the model has")
+    raise RlsaeError(f"{folder / 'config.json'} does not say how many {what} the model has")

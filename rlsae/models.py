@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +31,8 @@ from rlsae.resumable import Stage
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 
-Hook = Literal["mlp", "attention", "block"]
+Hook = str
+"""`mlp`, `attention`, `block`, or the path of a module inside each block."""
 
 
 def build_model(
@@ -87,7 +88,9 @@ def load_classifier(
     model, tokenizer = _load(AutoModelForSequenceClassification, source, revision, device)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "right"  # positions that are learned begin at the first token
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context_limit(model))
     return model, tokenizer
 
 
@@ -152,6 +155,9 @@ def check_same_shape(base: PreTrainedModel, tuned: PreTrainedModel, tuned_name: 
     for name, fact in facts.items():
         if fact(base) != fact(tuned):
             raise RlsaeError(f"{tuned_name} is no tuning of the base: {name} {fact(tuned)}, the base has {fact(base)}")
+    ours, theirs = context_limit(base), context_limit(tuned)
+    if theirs < ours:
+        raise RlsaeError(f"{tuned_name} is no tuning of the base: context {theirs}, the base has {ours}")
 
 
 def check_same_tokenizer(base: PreTrainedTokenizerBase, tuned: PreTrainedTokenizerBase, tuned_name: str) -> None:
@@ -189,12 +195,18 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def component(block: nn.Module, hook: Hook) -> nn.Module:
-    """A block itself, its attention or its MLP.
+    """A block itself, its attention or its MLP, or the module at a path inside it.
 
-    Both halves have weight matrices; an MLP's forward takes the hidden states alone, an attention's takes more.
+    Attention and MLP both have weight matrices; an MLP's forward takes the hidden states alone, an attention's takes more.
     """
     if hook == "block":
         return block
+    if hook not in ("mlp", "attention"):
+        try:
+            return block.get_submodule(hook)
+        except AttributeError:
+            paths = ", ".join(path for path, _ in block.named_modules() if path)
+            raise RlsaeError(f"hook: {type(block).__name__} has no module {hook!r}; it has: {paths}") from None
     halves = [child for child in block.children() if _has_matrix(child)]
     mlps = [half for half in halves if len(inspect.signature(half.forward).parameters) == 1]
     found = mlps if hook == "mlp" else [half for half in halves if half not in mlps]

@@ -28,8 +28,11 @@ def check_pairs(rows: list[dict[str, Any]], source: str) -> pd.DataFrame:
     """The pairs of some rows with the keys prompt, chosen and rejected, or chosen and rejected alone (whole dialogues).
 
     Raises:
-        RlsaeError: names the first document with a missing, empty or non-text field, or with equal responses.
+        RlsaeError: names the first document with a missing or non-text field, an empty prompt, or equal responses. A
+            response may be empty, as some of real data are: it is the end of the text alone.
     """
+    if not rows:
+        raise RlsaeError(f"{source} holds no documents")
     pairs = []
     for number, row in enumerate(rows):
         where = f"{source}, document {number}"
@@ -41,9 +44,8 @@ def check_pairs(rows: list[dict[str, Any]], source: str) -> pd.DataFrame:
             prompt, chosen, rejected = split_dialogues(chosen, rejected, where)
         if chosen == rejected:
             raise RlsaeError(f"{where}: chosen and rejected are the same; remove the pair, it prefers nothing")
-        for key, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-            if not text.strip():
-                raise RlsaeError(f"{where}: {key} is empty; remove the pair")
+        if not prompt.strip():
+            raise RlsaeError(f"{where}: prompt is empty; remove the pair")
         pairs.append((prompt, chosen, rejected))
     return pd.DataFrame(pairs, columns=["prompt", "chosen", "rejected"])
 

@@ -140,6 +140,7 @@ class Stage:
         seconds = time.monotonic() - self._started
         write(self.out / PROVENANCE, json.dumps(provenance(seconds, self.details), indent=1) + "\n")
         write(self.out / MANIFEST, text)
+        (self.work / FINGERPRINT).unlink()  # what is half deleted is nobody's partial state
         shutil.rmtree(self.work)
         say(f"{self.name}: wrote {self.out} in {seconds:.1f} s")
 
@@ -154,9 +155,10 @@ def claim(work: Path, mark: str) -> None:
     path = work / FINGERPRINT
     if path.exists() and path.read_text() == json.dumps(mark):
         return
+    path.unlink(missing_ok=True)
     stale = [p for p in work.iterdir() if not p.name.endswith(LOCK)]
     if stale:
-        say(f"wiping {work}: its partial state was made with other settings or inputs")
+        say(f"wiping {work}: its partial state is of other settings or inputs, or incomplete")
     for entry in stale:
         _remove(entry)
     write(path, json.dumps(mark))

@@ -104,7 +104,7 @@ def write_contrasts(count: int, rng: np.random.Generator) -> list[tuple[str, str
     """Distinct openings of reviews, each with two continuations: the first has more good words than the second.
 
     Every slot is good or bad by chance, and both continuations fill the same templates, so that neither a single word nor
-    the length tells which is which.
+    the number of words tells which is which.
 
     Raises:
         RlsaeError: the grammar does not hold so many.

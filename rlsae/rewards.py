@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import re
@@ -53,15 +54,17 @@ class Classifier:
         assert source is not None
         self.name = str(source)
         self.model, self.tokenizer = load_classifier(source, entry.revision, device())
-        labels = {str(name): number for number, name in self.model.config.id2label.items()}
-        labels |= {str(number): number for number in labels.values()}
+        names = {str(name): number for number, name in self.model.config.id2label.items()}
+        labels = {str(number): number for number in names.values()} | names
         if entry.label not in labels:
-            names = ", ".join(str(name) for name in self.model.config.id2label.values())
-            raise RlsaeError(f"rewards.*.label: {self.name} has no label {entry.label!r}; it has: {names}")
+            raise RlsaeError(f"rewards.*.label: {self.name} has no label {entry.label!r}; it has: {', '.join(names)}")
+        if entry.output == "probability" and len(names) == 1:
+            raise RlsaeError(f"rewards.*.output: {self.name} has one label, whose probability is always 1; use logit")
         self.label = labels[entry.label]
+        self.blank = "" if self.tokenizer("")["input_ids"] else self.tokenizer.eos_token
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        texts = scored_texts(prompts, responses, self.entry.scope)
+        texts = [text or self.blank for text in scored_texts(prompts, responses, self.entry.scope)]
         scores: list[float] = []
         for start in range(0, len(texts), self.entry.batch_size):
             batch = self.tokenizer(
@@ -109,7 +112,8 @@ def load_reward(entry: AnyReward, path: Path | None = None) -> Reward:
     if isinstance(entry, ClassifierReward):
         classifier = Classifier(entry, path)
         return Checked(classifier, classifier.name)
-    assert path is not None
+    if path is None:
+        return Checked(_import_function(entry.function), entry.function)
     return Checked(_load_function(path, entry.function), f"{path}:{entry.function}")
 
 
@@ -140,6 +144,14 @@ def read_lexicon(path: Path) -> dict[str, float]:
     if not polarity:
         raise RlsaeError(f"{path} holds no words")
     return polarity
+
+
+def _import_function(name: str) -> Callable[[list[str], list[str]], Sequence[float]]:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise RlsaeError(f"rewards.*.function: cannot import {name}: {error}; expected package.module:function") from None
 
 
 def _load_function(path: Path, name: str) -> Callable[[list[str], list[str]], Sequence[float]]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,16 +20,16 @@ import numpy as np
 import torch
 import zarr
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlsae.activations import store as zarr_store
-from rlsae.activations.store import STORE
-from rlsae.activations.tokens import Tokens, stored_bytes
+from rlsae.activations.store import STORE, shard_file
+from rlsae.activations.tokens import Tokens, consolidate_metadata, stored_bytes
 from rlsae.artifacts import digest, input_digests, write_atomically
 from rlsae.compute import device
 from rlsae.errors import RlsaeError
-from rlsae.models import Hook, blocks, component, load, module_path, output_tensor, width
+from rlsae.models import Hook, blocks, component, load, module_path, output_tensor
 from rlsae.progress import Progress
 from rlsae.resumable import FINGERPRINT, LOCK, OUTPUTS, Stage, claim, fingerprint, hold, waiting_lock
 
@@ -50,45 +52,59 @@ def extract_part(
     """
     tokens = Tokens.open(tokens_folder)
     model, _ = load(weights, device())
+    check_vocabulary(model, tokens)
     layers = layers_of_model(model, settings["layers"])
+    modules = {str(layer): module_path(model, layer, settings["hook"]) for layer in layers}
+    capture = Capture(model.to(getattr(torch, settings["precision"])), layers, settings["hook"], settings["dtype"])
     rows = available_rows(tokens, settings["rows"])
     with join(work, mark(settings, policy, tokens_folder)), hold(work / f"part-{part}.{LOCK}"):
         path = work / OUTPUTS / STORE
         with waiting_lock(work / f"create.{LOCK}"):
             if not (work / "created").exists() or not path.exists():
                 shutil.rmtree(work / "done", ignore_errors=True)
+                channels = capture.channels()
+                check_space(work, rows * channels * len(layers) * np.dtype(settings["dtype"]).itemsize)
                 zarr_store.create(
                     path,
                     tokens,
                     rows,
                     layers,
-                    width(model),
+                    channels,
                     settings["dtype"],
                     settings["rows_per_part"],
+                    settings["codec"],
                     policy=policy_name(policy, settings["checkpoint"]),
                     inputs=input_digests({"policy": policy, "tokens": tokens_folder}),
                     hook=settings["hook"],
-                    modules={str(layer): module_path(model, layer, settings["hook"]) for layer in layers},
+                    precision=settings["precision"],
+                    modules=modules,
                 )
+                (work / "done").mkdir()
                 write_atomically(work / "created", "")
         group = zarr.open_group(path, mode="a")
         arrays = {layer: group[f"layer/{layer}/acts"] for layer in layers}
         shards = shards_of_part(part, rows, settings["rows_per_part"], arrays[layers[0]].shards[0])
-        truncate(model, layers[-1])
         missing = [(first, stop) for first, stop in shards if not (work / "done" / f"{first}").exists()]
         progress = Progress(f"part {part}", sum(stop - first for first, stop in missing), "rows")
-        for first, stop in missing:
-            acts = extract_rows(model, tokens, first, stop, layers, settings["hook"])
-            for layer in layers:
-                # zarr reads a shard before it writes it, and leaves its temporary file behind when it is killed.
-                shutil.rmtree(shard_file(path, arrays[layer], layer, first).parent, ignore_errors=True)
-                arrays[layer][first:stop] = to_storage(acts[layer], settings["dtype"], layer)
-            digests = {str(layer): digest(shard_file(path, arrays[layer], layer, first)) for layer in layers}
-            (work / "done").mkdir(exist_ok=True)
-            write_atomically(work / "done" / f"{first}", json.dumps(digests))
-            progress.update(stop - first)
+        with ThreadPoolExecutor(1) as writer:
+            # One shard is written while the next one is computed; never more, so that memory stays flat.
+            pending: Future[None] | None = None
+            for first, stop in missing:
+                acts = capture.rows(tokens, first, stop)
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(write_shards, path, arrays, acts, first, work / "done" / f"{first}")
+                progress.update(stop - first)
+            if pending is not None:
+                pending.result()
         stamp.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(stamp, json.dumps({"rows": [list(shard) for shard in shards]}) + "\n")
+
+
+def write_shards(path: Path, arrays: dict[int, zarr.Array], acts: dict[int, NDArray[Any]], first: int, done: Path) -> None:
+    """Write the rows from `first` on to every layer's shard, then note that they are done, with what they hold."""
+    facts = {str(layer): zarr_store.write_shard(path, array, layer, first, acts[layer]) for layer, array in arrays.items()}
+    write_atomically(done, json.dumps(facts))
 
 
 def consolidate(
@@ -114,12 +130,13 @@ def consolidate(
         arrays = {int(name): group[f"layer/{name}/acts"] for name in group["layer"].group_keys()}
         layers = sorted(arrays)
         rows, channels = arrays[layers[0]].shape
+        shards: dict[int, list[dict[str, Any]]] = {layer: [] for layer in layers}
         for first in range(0, rows, arrays[layers[0]].shards[0]):
             done = work / "done" / f"{first}"
-            expected = json.loads(done.read_text()) if done.exists() else {}
+            facts = json.loads(done.read_text()) if done.exists() else {}
             for layer in layers:
                 file = shard_file(path, arrays[layer], layer, first)
-                if not file.exists() or expected.get(str(layer)) != digest(file):
+                if not file.exists() or str(layer) not in facts or digest(file) != facts[str(layer)]["digest"]:
                     done.unlink(missing_ok=True)
                     for stamp in stamps[first // settings["rows_per_part"] :][:1]:
                         stamp.unlink(missing_ok=True)
@@ -127,7 +144,10 @@ def consolidate(
                         f"layer {layer}: the shard from row {first} on is missing or damaged ({file}); "
                         "run this stage again: its part will be recomputed"
                     )
-        zarr_store.finish(path)
+                shards[layer].append(facts[str(layer)])
+        for layer in layers:
+            zarr_store.finish(path, layer, shards[layer])
+        consolidate_metadata(zarr.open_group(path, mode="a"))
         documents = group["held_out"].shape[0]
         tokens = Tokens.open(tokens_folder)
         dropped = int(tokens.start[documents]) - int(tokens.row_start()[documents])
@@ -140,6 +160,29 @@ def consolidate(
                 "channels": channels,
                 "bytes": stored_bytes(stage.staging),
             }
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, tokens: Tokens) -> None:
+    """
+    Raises:
+        RlsaeError: the tokens hold ids that the model has no embedding for: they are another model's.
+    """
+    size, largest = model.get_input_embeddings().weight.shape[0], tokens.largest
+    if largest >= size:
+        raise RlsaeError(f"the tokens go up to id {largest}, the model embeds {size}: they were made for another model")
+
+
+def check_space(work: Path, needed: int) -> None:
+    """
+    Raises:
+        RlsaeError: the disk has too little room for a store of so many bytes.
+    """
+    free = shutil.disk_usage(work).free
+    if needed > free:
+        raise RlsaeError(
+            f"the store needs {needed / 1e9:.2f} GB, the disk of {work} has {free / 1e9:.2f} GB free; lower `rows`, choose "
+            "fewer layers, or run in another folder"
         )
 
 
@@ -179,11 +222,6 @@ def shards_of_part(part: int, rows: int, rows_per_part: int, shard_rows: int) ->
     return [(first, min(first + shard_rows, stop)) for first in range(part * rows_per_part, stop, shard_rows)]
 
 
-def shard_file(path: Path, array: zarr.Array, layer: int, first: int) -> Path:
-    """The file of the shard that starts at row `first`."""
-    return path / f"layer/{layer}/acts/c/{first // array.shards[0]}/0"
-
-
 def available_rows(tokens: Tokens, limit: int) -> int:
     """Rows of a dump: all that the tokens give, at most `limit`."""
     return min(limit, int(tokens.row_start()[-1]))
@@ -210,49 +248,86 @@ def truncate(model: PreTrainedModel, last: int) -> None:
     model.config.get_text_config().num_hidden_layers = len(kept)
 
 
-@torch.inference_mode()
-def extract_rows(
-    model: PreTrainedModel, tokens: Tokens, first: int, stop: int, layers: list[int], hook: Hook
-) -> dict[int, NDArray[np.float32]]:
-    """Activations of rows `first` to `stop` for each layer [row, D], by one forward pass of their documents."""
-    row_start = tokens.row_start()
-    begin, end = int(np.searchsorted(row_start, first, "right")) - 1, int(np.searchsorted(row_start, stop))
-    kept = {layer: np.empty((stop - first, width(model)), np.float32) for layer in layers}
-    modules = {layer: component(blocks(model)[layer], hook) for layer in layers}
-    trunk = model.base_model
-    for documents in length_buckets(tokens, range(begin, end)):
-        ids_BT = padded(tokens, documents)
-        # Padding stands on the right, where causal attention cannot see it: no mask is needed.
-        captured = capture(trunk, modules, ids_BT.to(model.device))
-        for row, document in enumerate(documents):
-            low = max(first, row_start[document])
-            high = min(stop, row_start[document + 1])
-            shift = tokens.drop_positions - row_start[document]
-            for layer in layers:
-                kept[layer][low - first : high - first] = captured[layer][row, low + shift : high + shift]
-    return kept
+class Capture:
+    """Runs a model up to its last asked layer and keeps what the hooked modules put out.
+
+    The head never runs, nor do the blocks behind the last asked layer. Padding stands on the right, where causal attention
+    cannot see it, so that no mask is needed.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: list[int], hook: Hook, dtype: str) -> None:
+        truncate(model, layers[-1])
+        self.trunk, self.layers, self.dtype = model.base_model, layers, dtype
+        self.modules = {layer: component(blocks(model)[layer], hook) for layer in layers}
+        self.limit = float(np.finfo(dtype).max)
+
+    @torch.inference_mode()
+    def __call__(self, ids_BT: Tensor) -> dict[int, Tensor]:
+        """The output of each hooked module [B, T, D] in one forward pass."""
+        captured: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Any:
+            return lambda module, arguments, output: captured.__setitem__(layer, output_tensor(output))
+
+        handles = [module.register_forward_hook(keep(layer)) for layer, module in self.modules.items()]
+        try:
+            self.trunk(input_ids=ids_BT.to(self.trunk.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return captured
+
+    def channels(self) -> int:
+        """Width of the hooked outputs.
+
+        Raises:
+            RlsaeError: it differs between layers, or what is hooked is no row of channels per token.
+        """
+        shapes = {layer: tuple(acts.shape) for layer, acts in self(torch.zeros(1, 2, dtype=torch.long)).items()}
+        if len(set(shapes.values())) != 1 or len(shapes[self.layers[0]]) != 3 or shapes[self.layers[0]][:2] != (1, 2):
+            raise RlsaeError(f"hook: expected one row of channels per token, of one width in all layers; found {shapes}")
+        return shapes[self.layers[0]][2]
+
+    def rows(self, tokens: Tokens, first: int, stop: int) -> dict[int, NDArray[Any]]:
+        """Activations of rows `first` to `stop` for each layer [row, D], in the stored format."""
+        row_start = tokens.row_start()
+        begin, end = int(np.searchsorted(row_start, first, "right")) - 1, int(np.searchsorted(row_start, stop))
+        block = tokens.block(begin, end)
+        low_D = np.maximum(row_start[begin:end], first)
+        high_D = np.maximum(np.minimum(row_start[begin + 1 : end + 1], stop), low_D)
+        position_D = low_D - row_start[begin:end] + tokens.drop_positions
+        kept: dict[int, NDArray[Any]] = {}
+        for documents in length_buckets(block, range(end - begin)):
+            ids_BT = padded(block, documents)
+            counts = (high_D - low_D)[documents]
+            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            source = np.repeat(np.arange(len(documents)) * ids_BT.shape[1] + position_D[documents], counts) + within
+            target = np.repeat(low_D[documents] - first, counts) + within
+            for layer, acts_BTD in self(ids_BT).items():
+                index = torch.from_numpy(source).to(acts_BTD.device)
+                acts_ND = self._storable(acts_BTD.flatten(0, 1).index_select(0, index), layer)
+                if layer not in kept:
+                    kept[layer] = np.empty((stop - first, acts_ND.shape[1]), self.dtype)
+                kept[layer][target] = acts_ND
+        return kept
+
+    def _storable(self, acts_ND: Tensor, layer: int) -> NDArray[Any]:
+        """Cast rows to the stored format.
+
+        Raises:
+            RlsaeError: the model put out NaN or infinity, or a value that float16 cannot hold.
+        """
+        largest = float(acts_ND.abs().max()) if len(acts_ND) else 0.0
+        if not math.isfinite(largest):
+            raise RlsaeError(f"layer {layer}: the model put out values that are not finite; check its weights")
+        if largest > self.limit:
+            raise RlsaeError(
+                f"layer {layer}: a value of {largest:.3g} does not fit {self.dtype}; set `dtype: float32` in its activation"
+            )
+        return acts_ND.to(getattr(torch, self.dtype)).cpu().numpy()
 
 
-def capture(trunk: nn.Module, modules: dict[int, nn.Module], ids_BT: Tensor) -> dict[int, NDArray[np.float32]]:
-    """What each module puts out in one forward pass [B, T, D]."""
-    captured: dict[int, NDArray[np.float32]] = {}
-
-    def keep(layer: int) -> Any:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            captured[layer] = output_tensor(output).float().cpu().numpy()
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(layer)) for layer, module in modules.items()]
-    try:
-        trunk(input_ids=ids_BT, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return captured
-
-
-def length_buckets(tokens: Tokens, documents: Iterable[int]) -> Iterator[list[int]]:
+def length_buckets(tokens: Tokens, documents: Sequence[int]) -> Iterator[list[int]]:
     """Documents of similar length in batches of at most `BATCH_TOKENS` tokens with padding."""
     lengths = np.diff(tokens.start)
     batch: list[int] = []
@@ -274,19 +349,3 @@ def padded(tokens: Tokens, documents: list[int]) -> Tensor:
     for row, ids in enumerate(texts):
         ids_BT[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
     return ids_BT
-
-
-def to_storage(acts_ND: NDArray[np.float32], dtype: str, layer: int) -> NDArray[Any]:
-    """Cast rows to the stored format.
-
-    Raises:
-        RlsaeError: the model put out NaN or infinity, or a value that float16 cannot hold.
-    """
-    if not np.isfinite(acts_ND).all():
-        raise RlsaeError(f"layer {layer}: the model put out values that are not finite; check its weights")
-    largest = float(np.abs(acts_ND).max())
-    if largest > float(np.finfo(dtype).max):
-        raise RlsaeError(
-            f"layer {layer}: a value of {largest:.3g} does not fit {dtype}; set `dtype: float32` in its activation"
-        )
-    return acts_ND.astype(dtype)

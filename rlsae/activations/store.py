@@ -4,15 +4,21 @@
       token, document, position  int32 [row]
       start                      int64 [document + 1]      row range of each document
       held_out                   bool [document]           documents that train nothing
+      layer/{n}                  attributes: rows, bytes and digest of each shard
       layer/{n}/acts             float16 [row, channel]
       layer/{n}/mean, second_moment   float64 [channel]
+
+Every chunk carries a checksum (crc32c), so that damage is noticed where it is read; a missing or cut file is noticed when
+the store is opened, which plain Zarr would read as zeros.
 
 Shapes: B rows of a batch, D channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +26,10 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec
 
-from rlsae.activations.tokens import Tokens, consolidate_metadata, write_vector
+from rlsae.activations.tokens import VECTOR_CHUNK, WHOLE, Tokens, write_vector
+from rlsae.artifacts import digest
 from rlsae.errors import RlsaeError
 
 STORE = "store/activations.zarr"
@@ -29,6 +37,8 @@ CHUNK_BYTES = 4 << 20
 SHARD_BYTES = 128 << 20
 WINDOW_CHUNKS = 16
 """Chunks that are held in memory and shuffled together."""
+READERS = 2
+"""Chunks that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +65,31 @@ class ActivationStore:
 
     Args:
         artifact: folder that holds `store/activations.zarr`.
+
+    Raises:
+        RlsaeError: there is no store, or a shard of it is missing or has another size: names layer and rows.
     """
 
     def __init__(self, artifact: Path) -> None:
-        path = artifact / STORE
-        if not path.exists():
+        self.path = artifact / STORE
+        if not self.path.exists():
             raise RlsaeError(f"{artifact} holds no activation store; run the activations stage")
-        self.group = zarr.open_group(path, mode="r")
+        self.group = zarr.open_group(self.path, mode="r")
+        for name, array in self.group.arrays():
+            if array.nchunks_initialized != array.nchunks:
+                raise RlsaeError(
+                    f"{self.path}: chunks of {name} are missing; delete the store and run the activations stage again"
+                )
         self.start: NDArray[np.int64] = self.group["start"][:]
         self.held_out: NDArray[np.bool_] = self.group["held_out"][:]
         self.layers = sorted(int(name) for name in self.group["layer"].group_keys())
+        for layer in self.layers:
+            for shard in self.shards(layer):
+                first, stop = shard["rows"]
+                file = shard_file(self.path, self.acts(layer), layer, first)
+                if not file.exists() or file.stat().st_size != shard["bytes"]:
+                    state = "is missing" if not file.exists() else "has another size than when it was written"
+                    raise self._damaged(layer, first, stop, f"{file} {state}")
 
     @property
     def rows(self) -> int:
@@ -80,6 +105,27 @@ class ActivationStore:
             raise RlsaeError(f"layer {layer} is not in this store; it holds {self.layers}")
         return self.group[f"layer/{layer}/acts"]
 
+    def shards(self, layer: int) -> list[dict[str, Any]]:
+        """`rows` [first, stop], `bytes` and `digest` of each file of a layer."""
+        return list(self.group[f"layer/{layer}"].attrs["shards"])
+
+    def read(self, layer: int, first: int, stop: int) -> NDArray[Any]:
+        """Rows [row, channel] of one layer, in the stored format.
+
+        Raises:
+            RlsaeError: a checksum does not hold: names layer and rows.
+        """
+        try:
+            return np.asarray(self.acts(layer)[first:stop])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise self._damaged(layer, first, min(stop, self.rows), str(error)) from None
+
+    def _damaged(self, layer: int, first: int, stop: int, why: str) -> RlsaeError:
+        return RlsaeError(
+            f"layer {layer}, rows {first} to {stop - 1} of {self.path} are damaged: {why}; delete the store and run the "
+            "activations stage again"
+        )
+
     def statistics(self, layer: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and mean square of each channel over all rows."""
         self.acts(layer)
@@ -91,7 +137,7 @@ class ActivationStore:
 
     def row_order(self, layer: int, batch_rows: int, seed: int, epochs: int) -> RowOrder:
         """The order in which training reads the rows; equal for every store of the same tokens and geometry."""
-        return RowOrder(self.acts(layer), ~self.held_out_rows(), batch_rows, seed, epochs)
+        return RowOrder(self, layer, batch_rows, seed, epochs)
 
 
 class RowOrder:
@@ -104,11 +150,13 @@ class RowOrder:
         RlsaeError: the rows do not fill one batch.
     """
 
-    def __init__(self, acts: zarr.Array, train: NDArray[np.bool_], batch_rows: int, seed: int, epochs: int) -> None:
-        self.acts, self.train, self.batch_rows, self.seed = acts, train, batch_rows, seed
-        self.chunk_rows = acts.chunks[0]
-        chunks = -(-acts.shape[0] // self.chunk_rows)
-        per_chunk = np.add.reduceat(train, np.arange(0, len(train), self.chunk_rows), dtype=np.int64)
+    def __init__(self, store: ActivationStore, layer: int, batch_rows: int, seed: int, epochs: int) -> None:
+        self.store, self.layer, self.batch_rows, self.seed = store, layer, batch_rows, seed
+        self.train = ~store.held_out_rows()
+        self.shape, self.dtype = store.acts(layer).shape, store.acts(layer).dtype
+        self.chunk_rows = store.acts(layer).chunks[0]
+        chunks = -(-self.shape[0] // self.chunk_rows)
+        per_chunk = np.add.reduceat(self.train, np.arange(0, len(self.train), self.chunk_rows), dtype=np.int64)
         self.windows: list[tuple[int, NDArray[np.int64], int]] = []
         """(epoch, chunks, batches) in the order of training."""
         for epoch in range(epochs):
@@ -120,29 +168,39 @@ class RowOrder:
         if not self.steps:
             raise RlsaeError(
                 f"batch_rows: {batch_rows} rows per step, but no window of the store has so many of its "
-                f"{int(train.sum())} training rows; lower it or store more rows"
+                f"{int(self.train.sum())} training rows; lower it or store more rows"
             )
 
     def batches(self, from_step: int = 0) -> Iterator[NDArray[Any]]:
         """Rows acts_BD of each step, in the store's dtype; `from_step` skips without reading."""
         step = 0
-        for number, (_, window, batches) in enumerate(self.windows):
-            if step + batches <= from_step:
+        window_ND = np.empty((min(WINDOW_CHUNKS * self.chunk_rows, self.shape[0] + self.chunk_rows), self.shape[1]), self.dtype)
+        with ThreadPoolExecutor(READERS) as readers:
+            for number, (_, window, batches) in enumerate(self.windows):
+                if step + batches <= from_step:
+                    step += batches
+                    continue
+                rows = self._read(window, window_ND, readers)
+                order = rows[np.random.default_rng([self.seed, number, 1]).permutation(len(rows))]
+                for batch in range(max(0, from_step - step), batches):
+                    yield window_ND.take(order[batch * self.batch_rows : (batch + 1) * self.batch_rows], axis=0)
                 step += batches
-                continue
-            acts_ND = self._read(window)
-            order = np.random.default_rng([self.seed, number, 1]).permutation(len(acts_ND))
-            for batch in range(max(0, from_step - step), batches):
-                yield acts_ND[order[batch * self.batch_rows : (batch + 1) * self.batch_rows]]
-            step += batches
 
-    def _read(self, window: NDArray[np.int64]) -> NDArray[Any]:
-        """The training rows of some chunks, in the order of the store."""
-        parts = []
-        for chunk in np.sort(window):
-            rows = slice(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, len(self.train)))
-            parts.append(self.acts[rows][self.train[rows]])
-        return np.concatenate(parts)
+    def _read(self, window: NDArray[np.int64], window_ND: NDArray[Any], readers: ThreadPoolExecutor) -> NDArray[np.int64]:
+        """Fill `window_ND` with some chunks, one after the other; returns where its training rows stand."""
+
+        def read(place: int, chunk: int) -> NDArray[np.int64]:
+            first, stop = chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, len(self.train))
+            target = place * self.chunk_rows
+            window_ND[target : target + stop - first] = self.store.read(self.layer, first, stop)
+            return target + np.flatnonzero(self.train[first:stop])
+
+        return np.concatenate(list(readers.map(read, range(len(window)), np.sort(window).tolist())))
+
+
+def shard_file(path: Path, array: zarr.Array, layer: int, first: int) -> Path:
+    """The file of the shard that starts at row `first`."""
+    return path / f"layer/{layer}/acts/c/{first // array.shards[0]}/0"
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -156,19 +214,34 @@ def create(
     channels: int,
     dtype: str,
     rows_per_part: int,
+    codec: str | None,
     **attributes: Any,
 ) -> None:
     """Lay out an empty store for the first `rows` rows of a tokenised corpus."""
     row_start = tokens.row_start()
     documents = int(np.searchsorted(row_start, rows))
     start = np.minimum(row_start[: documents + 1], rows)
-    counts = np.diff(start)
-    document = np.repeat(np.arange(documents, dtype=np.int32), counts)
-    position = (np.arange(rows) - start[document] + tokens.drop_positions).astype(np.int32)
     group = zarr.create_group(path, overwrite=True, attributes={"schema": 1, **attributes})
-    write_vector(group, "token", tokens.token[tokens.start[document] + position], "row")
-    write_vector(group, "document", document, "row")
-    write_vector(group, "position", position, "row")
+    per_row = {
+        name: group.create_array(
+            name,
+            shape=(rows,),
+            chunks=(min(rows, VECTOR_CHUNK),),
+            dtype="int32",
+            compressors=Crc32cCodec(),
+            dimension_names=["row"],
+            config=WHOLE,
+        )
+        for name in ("token", "document", "position")
+    }
+    for first in range(0, rows, VECTOR_CHUNK):
+        number = np.arange(first, min(first + VECTOR_CHUNK, rows))
+        document = np.searchsorted(start, number, "right") - 1
+        position = number - start[document] + tokens.drop_positions
+        source = tokens.start[document] + position
+        per_row["token"][first : first + len(number)] = tokens.token[source[0] : source[-1] + 1][source - source[0]]
+        per_row["document"][first : first + len(number)] = document.astype(np.int32)
+        per_row["position"][first : first + len(number)] = position.astype(np.int32)
     write_vector(group, "start", start, "document_edge")
     write_vector(group, "held_out", tokens.held_out[:documents], "document")
     geometry = Geometry.of(channels, np.dtype(dtype).itemsize, rows_per_part)
@@ -179,21 +252,55 @@ def create(
             chunks=(geometry.chunk_rows, channels),
             shards=(geometry.shard_rows, channels),
             dtype=dtype,
-            compressors=None,
+            compressors=[*compressor(codec), Crc32cCodec()],
             dimension_names=["row", "channel"],
+            config=WHOLE,
         )
 
 
-def finish(path: Path) -> None:
-    """Add the statistics of every layer, one shard at a time, and consolidate the metadata."""
-    group = zarr.open_group(path, mode="a")
-    for name in sorted(group["layer"].group_keys(), key=int):
-        acts = group[f"layer/{name}/acts"]
-        total, squares = np.zeros(acts.shape[1]), np.zeros(acts.shape[1])
-        for first in range(0, acts.shape[0], acts.shards[0]):
-            rows_ND = acts[first : first + acts.shards[0]].astype(np.float64)
-            total += rows_ND.sum(0)
-            squares += np.square(rows_ND).sum(0)
-        write_vector(group[f"layer/{name}"], "mean", total / acts.shape[0], "channel")
-        write_vector(group[f"layer/{name}"], "second_moment", squares / acts.shape[0], "channel")
-    consolidate_metadata(group)
+def compressor(codec: str | None) -> list[dict[str, Any]]:
+    """A codec of numcodecs as Zarr v3 writes it down; zstd by its own name, which any reader knows."""
+    if codec is None:
+        return []
+    if codec == "zstd":
+        return [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}]
+    return [{"name": f"numcodecs.{codec}", "configuration": {}}]
+
+
+def write_shard(path: Path, array: zarr.Array, layer: int, first: int, acts_ND: NDArray[Any]) -> dict[str, Any]:
+    """Write the shard of a layer that starts at row `first`; returns its `rows`, `bytes`, `digest`, `sum` and `squares`."""
+    file = shard_file(path, array, layer, first)
+    # zarr reads a shard before it writes it, and leaves its temporary file behind when it is killed.
+    shutil.rmtree(file.parent, ignore_errors=True)
+    array[first : first + len(acts_ND)] = acts_ND
+    total, squares = sums(acts_ND)
+    return {
+        "rows": [first, first + len(acts_ND)],
+        "bytes": file.stat().st_size,
+        "digest": digest(file),
+        "sum": total.tolist(),
+        "squares": squares.tolist(),
+    }
+
+
+def sums(acts_ND: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sum and sum of squares of each channel, in float64, a few rows at a time."""
+    total, squares = np.zeros(acts_ND.shape[1]), np.zeros(acts_ND.shape[1])
+    for first in range(0, len(acts_ND), 4096):
+        rows_ND = acts_ND[first : first + 4096].astype(np.float64)
+        total += rows_ND.sum(0)
+        squares += np.square(rows_ND).sum(0)
+    return total, squares
+
+
+def finish(path: Path, layer: int, shards: Sequence[dict[str, Any]]) -> None:
+    """Add a layer's statistics and the facts of its shards.
+
+    Args:
+        shards: `rows`, `bytes`, `digest`, `sum` and `squares` of each.
+    """
+    group = zarr.open_group(path, mode="a")[f"layer/{layer}"]
+    rows = shards[-1]["rows"][1]
+    write_vector(group, "mean", np.sum([shard["sum"] for shard in shards], 0) / rows, "channel")
+    write_vector(group, "second_moment", np.sum([shard["squares"] for shard in shards], 0) / rows, "channel")
+    group.attrs["shards"] = [{key: shard[key] for key in ("rows", "bytes", "digest")} for shard in shards]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ import pandas as pd
 import zarr
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoTokenizer
+from zarr.codecs import Crc32cCodec
 
 from rlsae.corpora import DOCUMENTS
 from rlsae.errors import RlsaeError
 from rlsae.resumable import Stage
 
 STORE = "store/tokens.zarr"
+VECTOR_CHUNK = 1 << 20
+WHOLE: Any = {"write_empty_chunks": True}
+"""Write chunks of zeros too: a missing file is then always a loss."""
 
 
 def build_tokens(settings: dict[str, Any], out: Path, work: Path | None, model: Path, corpus: Path) -> None:
@@ -48,8 +53,10 @@ def build_tokens(settings: dict[str, Any], out: Path, work: Path | None, model: 
         if (lengths <= drop).all():
             raise RlsaeError(f"drop_positions: no document has more than {drop} tokens; lower it")
 
-        group = zarr.create_group(stage.staging / STORE, attributes={"schema": 1, **settings})
-        write_vector(group, "token", np.concatenate([np.asarray(ids, np.int32) for ids in encoded]), "token")
+        token = np.concatenate([np.asarray(ids, np.int32) for ids in encoded])
+        attributes = {"schema": 1, **settings, "largest": int(token.max())}
+        group = zarr.create_group(stage.staging / STORE, attributes=attributes)
+        write_vector(group, "token", token, "token")
         write_vector(group, "start", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), "document_edge")
         write_vector(group, "document", documents.document.to_numpy(np.int32), "document")
         write_vector(group, "held_out", documents.held_out.to_numpy(bool), "document")
@@ -63,12 +70,14 @@ def build_tokens(settings: dict[str, Any], out: Path, work: Path | None, model: 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised corpus in memory."""
+    """A tokenised corpus; the token ids stay on disk until they are read."""
 
-    token: NDArray[np.int32]
+    token: zarr.Array | NDArray[np.int32]
     start: NDArray[np.int64]
     held_out: NDArray[np.bool_]
     drop_positions: int
+    largest: int = 0
+    """Largest token id."""
 
     @classmethod
     def open(cls, artifact: Path) -> Tokens:
@@ -80,22 +89,45 @@ class Tokens:
         if not (artifact / STORE).exists():
             raise RlsaeError(f"{artifact} holds no tokens; run the tokens stage")
         group = zarr.open_group(artifact / STORE, mode="r")
-        return cls(group["token"][:], group["start"][:], group["held_out"][:], int(group.attrs["drop_positions"]))
+        return cls(
+            group["token"],
+            group["start"][:],
+            group["held_out"][:],
+            int(group.attrs["drop_positions"]),
+            int(group.attrs["largest"]),
+        )
 
     def ids(self, document: int) -> NDArray[np.int32]:
         """Token ids of one document."""
-        return self.token[self.start[document] : self.start[document + 1]]
+        return np.asarray(self.token[self.start[document] : self.start[document + 1]])
+
+    def block(self, first: int, stop: int) -> Tokens:
+        """The documents from `first` to `stop` alone, in memory."""
+        start = self.start[first : stop + 1]
+        token = np.asarray(self.token[start[0] : start[-1]])
+        return Tokens(token, start - start[0], self.held_out[first:stop], self.drop_positions)
 
     def row_start(self) -> NDArray[np.int64]:
         """Row range of each document [document + 1]: its tokens but for the dropped first positions."""
+        return self._row_start
+
+    @cached_property
+    def _row_start(self) -> NDArray[np.int64]:
         rows = np.maximum(np.diff(self.start) - self.drop_positions, 0)
         return np.concatenate([[0], np.cumsum(rows)])
 
 
 def write_vector(group: zarr.Group, name: str, values: NDArray[Any], dimension: str) -> None:
-    """Write a one-dimensional array, uncompressed, in chunks of about a million values."""
-    chunks = (min(len(values), 1 << 20),)
-    group.create_array(name, data=values, chunks=chunks, compressors=None, dimension_names=[dimension], overwrite=True)
+    """Write a one-dimensional array, uncompressed, in chunks of about a million values with a checksum each."""
+    group.create_array(
+        name,
+        data=values,
+        chunks=(min(len(values), VECTOR_CHUNK),),
+        compressors=Crc32cCodec(),
+        dimension_names=[dimension],
+        config=WHOLE,
+        overwrite=True,
+    )
 
 
 def consolidate_metadata(group: zarr.Group) -> None:

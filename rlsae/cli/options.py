@@ -18,7 +18,7 @@ Folder = Annotated[Path, typer.Option(help="Folder of an input artifact.")]
 MaybeFile = Annotated[Path | None, typer.Option(help="The entry's own file or folder, where it has one.")]
 Named = Annotated[list[str], typer.Option(help="KEY=FOLDER, repeated.")]
 ConfigFile = Annotated[Path, typer.Argument(help="Configuration file.")]
-DUMP = ("hook", "layers", "rows", "rows_per_part", "dtype", "checkpoint")
+DUMP = ("hook", "layers", "rows", "rows_per_part", "dtype", "precision", "codec", "checkpoint")
 """Settings of a dump."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +11,8 @@ import typer
 from rlsae.cli.app import app
 from rlsae.cli.options import ConfigFile
 from rlsae.expand import load
+
+ArtifactFolder = Annotated[Path, typer.Argument(help="Folder of an artifact, which holds a manifest.json.", metavar="PATH")]
 
 
 @app.command()
@@ -57,6 +61,44 @@ def orphans(
         typer.echo(str(folder))
     if delete:
         status.delete(found)
+
+
+@app.command("inspect")
+def inspect_artifact(
+    artifact: ArtifactFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for scripts.")] = False,
+) -> None:
+    """Show what an artifact holds: how it was made, its tables, models and arrays, and a sample of its rows.
+
+    It reads headers and at most 65,536 rows per layer, so that a store of any size takes seconds. The lengths of rows tell
+    outliers, whose norm is above ten medians; one row is shown between its neighbours, ‹marked›.
+
+    Example: rlsae inspect results/activations/tiny.ppo.reviews/mlp/survey --json
+    """
+    from rlsae.cli.tree import render
+    from rlsae.inspection import inspect
+
+    facts = inspect(artifact)
+    typer.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False, indent=1) if as_json else render(facts))
+
+
+@app.command("verify")
+def verify_artifact(artifact: ArtifactFolder) -> None:
+    """Check every file and every row of an artifact; name all that is wrong, worst first, and exit with status 1.
+
+    It reads all of the artifact: files against the digests of the manifest, stored rows against their checksums and
+    statistics.
+
+    Example: rlsae verify results/activations/tiny.ppo.reviews/mlp/survey
+    """
+    from rlsae.verification import verify
+
+    problems, summary = verify(artifact)
+    for problem in problems:
+        typer.echo(problem)
+    typer.echo(summary)
+    if problems:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -130,8 +130,9 @@ def extract(
     """Dump one part of a policy's activations; `rlsae consolidate` publishes them.
 
     Example: rlsae extract --part 0 --settings '{"hook": "mlp", "layers": [3], "rows": 65536, "rows_per_part": 65536,
-    "dtype": "float16", "checkpoint": null}' --policy results/models/tiny --weights results/models/tiny/model
-    --tokens results/tokens/tiny.reviews --work /scratch/dump --stamp /scratch/part-0.json
+    "dtype": "float16", "precision": "float32", "codec": null, "checkpoint": null}'
+    --policy results/models/tiny --weights results/models/tiny/model --tokens results/tokens/tiny.reviews
+    --work /scratch/dump --stamp /scratch/part-0.json
     """
     configure(threads)
     from rlsae.activations.extract import extract_part

@@ -21,13 +21,23 @@ from rlsae.config.entry import (
 
 
 class Activation(Entry):
-    hook: Literal["mlp", "attention", "block"] = Field("mlp", description="Output of each layer that is stored.")
+    hook: Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")] = Field(
+        "mlp",
+        description="Output of each layer that is stored: mlp, attention, block (the residual stream), or the path of a "
+        "module inside each block, for example mlp.act.",
+    )
     survey_rows: Positive = Field(16_384, description="At most so many rows (tokens) of every layer, to rank layers.")
     rows: Positive = Field(65_536, description="At most so many rows (tokens) of the chosen layers, to train on.")
     rows_per_part: Annotated[int, Field(gt=0, multiple_of=1024)] = Field(
         1_048_576, description="Rows that one job dumps; parts run side by side."
     )
     dtype: Literal["float16", "float32"] = Field("float16", description="Number format of the stored rows.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Number format of the forward pass; bfloat16 is faster and changes the third digit."
+    )
+    codec: Literal["blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd"] | None = Field(
+        None, description="Codec of numcodecs that compresses the rows; null: none, which is read fastest."
+    )
     keep: bool = Field(True, description="Keep the stores; false: delete each once everything made from it is done.")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlsae.config.entry import IS_PATH, CorpusName, Entry, FilePath, Positive, RewardName, Seed
+from rlsae.config.entry import IS_PATH, CorpusName, Entry, Positive, RewardName, Seed
 
 Scope = Literal["response", "full"]
 Range = tuple[Positive, Positive]
@@ -32,8 +32,18 @@ class PythonReward(Entry):
     """A function of your own: `(prompts: list[str], responses: list[str]) -> list[float]`."""
 
     kind: Literal["python"]
-    path: FilePath = Field(description="The Python file that defines the function.")
-    function: str = Field("reward", description="Name of the function in that file.")
+    path: Annotated[str | None, IS_PATH] = Field(None, description="The Python file that defines the function.")
+    function: str = Field(
+        "reward",
+        description="Name of the function in that file; without a file `package.module:function` of an installed package, "
+        "whose changes nobody notices.",
+    )
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.path is None) != (":" in self.function):
+            raise ValueError("give a path and the name of a function in it, or function: package.module:function alone")
+        return self
 
 
 class FolderOrRepository(Entry):

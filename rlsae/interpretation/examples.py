@@ -35,10 +35,11 @@ def gather(sae: SparseAutoencoder, store: ActivationStore, layer: int, latents: 
     """Encode every row for the selected latents alone."""
     selected = torch.tensor(latents)
     part = SparseAutoencoder(sae.W_enc_DF[:, selected], sae.b_enc_F[selected], sae.W_dec_FD[selected], sae.b_dec_D)
-    acts = store.acts(layer)
     row_acts_NS = np.empty((store.rows, len(latents)), np.float32)
     for first in range(0, store.rows, ROWS):
-        row_acts_NS[first : first + ROWS] = part.encode(torch.tensor(acts[first : first + ROWS], dtype=torch.float32)).numpy()
+        row_acts_NS[first : first + ROWS] = part.encode(
+            torch.from_numpy(store.read(layer, first, first + ROWS)).float()
+        ).numpy()
     token = store.group["token"][:]
     train = ~store.held_out_rows()
     vocabulary = int(token.max()) + 1

@@ -58,6 +58,8 @@ def index(study: Study, digests: dict[str, str]) -> str:
         headline=findings.reward_sentence(tuned.metrics),
         findings=[
             findings.cost_sentence(tuned.metrics),
+            findings.preference_sentence(tuned.metrics),
+            findings.hacking_sentence(tuned.metrics),
             findings.layers_sentence(chosen, layers.layer.nunique()),
             findings.cosine_sentences(study.aggregates),
             findings.latents_sentence(study.manifests["interpretation"].metrics),

@@ -173,6 +173,12 @@ def tuning_metrics(metrics: dict[str, Any]) -> Iterator[Metric]:
         )
     yield Metric("KL from the base (nats per response)", "0", number(metrics.get("kl")), tuned_ci95=metrics.get("kl_ci95"))
     yield Metric("KL from the base (nats per token)", "0", number(metrics.get("kl_per_token")))
+    for key, name in (
+        ("preference_accuracy", "Held-out pairs preferred rightly (share)"),
+        ("length_only_accuracy", "The same by a rule that looks at length alone"),
+    ):
+        if key in metrics:
+            yield Metric(name, "", number(metrics[key]), tuned_ci95=metrics[f"{key}_ci95"])
 
 
 def shifts(layers: pd.DataFrame, chosen: list[int]) -> list[Shift]:

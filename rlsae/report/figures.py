@@ -60,6 +60,11 @@ CURVES = {
     "kl_coefficient": "KL coefficient β",
     "entropy": "Entropy (nats per token)",
     "response_length": "Response length (tokens)",
+    "preference_accuracy": "Pairs preferred rightly in training (share)",
+    "margin": "Margin of the implicit reward in training",
+    "loss": "Loss",
+    "value_loss": "Value loss",
+    "clip_fraction": "Clipped policy ratios (share)",
 }
 MEASURES = {
     "weight_l2_sum": "Weight change (sum of L2 norms)",
@@ -87,7 +92,7 @@ class Chart:
 
 @rc_context(STYLE)
 def tuning_curves(history: pd.DataFrame, kl_target: float | None) -> list[Chart]:
-    """One small figure per quantity of the history, over rollout batches."""
+    """One small figure per quantity of the history, over batches."""
     charts = []
     for column, title in CURVES.items():
         if column in history:
@@ -96,7 +101,7 @@ def tuning_curves(history: pd.DataFrame, kl_target: float | None) -> list[Chart]
             if column == "kl" and kl_target is not None:
                 axes.axhline(kl_target, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
                 axes.annotate("target", (history.batch.min(), kl_target), (0, 2), textcoords="offset points")
-            axes.set_xlabel("rollout batch")
+            axes.set_xlabel("batch")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             charts.append(Chart(title, inline(figure, title)))
     return charts

@@ -40,6 +40,31 @@ def cost_sentence(metrics: dict[str, Any]) -> str:
     )
 
 
+SIGNS = {
+    "kl_high": "its divergence from the base exceeds 1 nat per token",
+    "distinct_2_collapsed": "its text has less than half the base's distinct bigrams",
+    "eos_suppressed": "it ends its responses less than half as often as the base",
+}
+
+
+def hacking_sentence(metrics: dict[str, Any]) -> str:
+    """A warning where the reward may have been gained by means that nobody wanted; empty where nothing hints at it."""
+    signs = metrics.get("signs_of_reward_hacking")
+    return f"Signs of reward hacking: {listing(SIGNS[sign] for sign in signs)}." if signs else ""
+
+
+def preference_sentence(metrics: dict[str, Any]) -> str:
+    """How often the tuned model prefers what people preferred, beside length alone; empty where there are no pairs."""
+    if "preference_accuracy" not in metrics:
+        return ""
+    accuracy, baseline = alike(metrics["preference_accuracy"], metrics["length_only_accuracy"])
+    return (
+        f"On {number(metrics['preference_pairs'])} held-out pairs it prefers the chosen response in a share of {accuracy} "
+        f"(95 % interval {interval(metrics['preference_accuracy_ci95'])}); a rule that looks at length alone reaches "
+        f"{baseline} (95 % interval {interval(metrics['length_only_accuracy_ci95'])})."
+    )
+
+
 def layers_sentence(chosen: dict[str, Any], count: int) -> str:
     """Which layers were looked into, why, and how stable that choice is."""
     layers = chosen["layers"]

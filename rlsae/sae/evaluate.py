@@ -26,11 +26,10 @@ CE_DOCUMENTS = 128
 def held_out_batches(store: ActivationStore, layer: int, where: torch.device) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Row numbers and rows [B, D] of the held-out documents, in the order of the store."""
     held_out = store.held_out_rows()
-    acts = store.acts(layer)
     for first in range(0, store.rows, ROWS):
         numbers = first + np.flatnonzero(held_out[first : first + ROWS])
         if len(numbers):
-            batch = acts[first : first + ROWS][numbers - first]
+            batch = store.read(layer, first, first + ROWS)[numbers - first]
             yield numbers, torch.from_numpy(batch).to(where, torch.float32)
 
 

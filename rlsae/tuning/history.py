@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -39,7 +40,17 @@ class History:
         self._clock = time.monotonic()
 
     def add(self, row: dict[str, float]) -> None:
-        """Append the next batch's row; its samples per second go to the provenance, since they differ from run to run."""
+        """Append the next batch's row; its samples per second go to the provenance, since they differ from run to run.
+
+        Raises:
+            RlsaeError: a number is not finite: the training has diverged.
+        """
+        broken = [key for key, value in row.items() if not math.isfinite(value)]
+        if broken:
+            raise RlsaeError(
+                f"the tuning diverged in batch {len(self.rows)}: {', '.join(broken)} not finite; lower learning_rate or "
+                "max_grad_norm"
+            )
         now = time.monotonic()
         self._rates.append(round(self._rows_per_batch / (now - self._clock), 2))
         self._clock = now
@@ -71,6 +82,7 @@ def tracker(name: str, parameters: dict[str, Any]) -> Any:
         raise RlsaeError(f"{TRACKER}={wanted}: expected one that is installed: {', '.join(available) or 'none is'}")
     kind = LOGGER_TYPE_TO_CLASS[wanted]
     made = kind(name, LOGS / wanted) if kind.requires_logging_directory else kind(name)
+    made.start()
     made.store_init_configuration(flat(parameters))
     return made
 

@@ -60,7 +60,8 @@ def tune(
     kl_coefficient = entry.kl_coefficient
     if (state := stage.load_state()) is not None:
         tensors, values = state
-        policy.load_state_dict({n.removeprefix("policy."): t for n, t in tensors.items() if n.startswith("policy.")})
+        for name, parameter in trained(policy).items():
+            parameter.data.copy_(tensors[f"policy.{name}"])
         load_optimizer(optimizer, tensors)
         rows, kl_coefficient = values["history"], values["kl_coefficient"]
 
@@ -122,10 +123,15 @@ def tune(
         if batch + 1 in entry.checkpoint_steps():
             keep_checkpoint(stage, merged(lm), tokenizer, batch + 1)
         if stage.due():
-            weights = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
+            weights = {f"policy.{name}": parameter.data for name, parameter in trained(policy).items()}
             values = {"history": history.rows, "kl_coefficient": kl_coefficient}
             stage.save_state(weights | optimizer_tensors(optimizer), values)
     return merged(lm), history.table()
+
+
+def trained(policy: PolicyWithValue) -> dict[str, torch.nn.Parameter]:
+    """The parameters that the tuning changes."""
+    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlsae.models import context_limit
 from rlsae.preferences import shared_start
 from rlsae.statistics import bootstrap_ci95
 
@@ -23,14 +22,14 @@ BATCH = 32
 
 
 def preference_accuracy(
-    tuned: PreTrainedModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: pd.DataFrame
+    tuned: PreTrainedModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: pd.DataFrame, limit: int
 ) -> dict[str, Any]:
     """Accuracies in [0, 1] on the held-out pairs, each with a bootstrap confidence interval over pairs.
 
     `preference_accuracy` of the implicit reward; `length_only_accuracy` of the rule "the longer (or the shorter) response
-    is preferred", whichever holds more often on the training pairs; `preference_pairs` that fit the context.
+    is preferred", whichever holds more often on the training pairs; `preference_pairs` whose prompt is shorter than `limit`
+    tokens, where both responses are cut.
     """
-    limit = context_limit(base)
     train, held_out = (encoded(pairs[pairs.held_out == side], tokenizer, limit) for side in (False, True))
     if not held_out:
         return {"preference_pairs": 0}

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -140,7 +141,8 @@ def generate(
     torch.manual_seed(seed)
     # What our settings leave open is filled from the model's own ones (a repetition penalty, say): the samples would not
     # be the policy's.
-    published, model.generation_config = model.generation_config, GenerationConfig()
+    owner = model.get_base_model() if isinstance(model, PeftModel) else model
+    published, owner.generation_config = owner.generation_config, GenerationConfig()
     try:
         ids_BT = model.generate(
             input_ids=prompt_BQ.to(device),
@@ -156,7 +158,7 @@ def generate(
             ),
         )
     finally:
-        model.generation_config = published
+        owner.generation_config = published
     response_BR = ids_BT[:, longest:]
     ended_BR = (response_BR == tokenizer.eos_token_id).long().cumsum(1)
     before_end_BR = ended_BR - (response_BR == tokenizer.eos_token_id).long() == 0

@@ -17,7 +17,7 @@ from rlsae.compute import device
 from rlsae.config import AnyReward, AnyTuning, ExternalTuning, OnPolicyTuning, PPOTuning, Training
 from rlsae.corpora import PAIRS
 from rlsae.errors import RlsaeError
-from rlsae.models import check_same_shape, check_same_tokenizer, load, save
+from rlsae.models import check_same_shape, check_same_tokenizer, context_limit, load, save
 from rlsae.resumable import Stage
 from rlsae.rewards import Reward, load_reward
 from rlsae.tuning.evaluate import evaluate
@@ -57,7 +57,8 @@ def build_policy(
             stage.details |= {"device": str(reference.device), "tuning_seconds": round(time.monotonic() - started, 2)}
             metrics, samples = evaluate(lm, reference, tokenizer, prompts, reward, entry)
             if (corpus / PAIRS).exists():
-                metrics |= preference_accuracy(lm, reference, tokenizer, pd.read_parquet(corpus / PAIRS))
+                longest = getattr(entry, "max_tokens", None) or context_limit(reference)
+                metrics |= preference_accuracy(lm, reference, tokenizer, pd.read_parquet(corpus / PAIRS), longest)
         save(lm, tokenizer, stage.staging / "model")
         history.to_parquet(stage.staging / "history.parquet", index=False)
         samples.to_parquet(stage.staging / "samples.parquet", index=False)

@@ -9,6 +9,7 @@ hence they are derived from the mask.
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ import pandas as pd
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import (
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -64,9 +66,9 @@ def tune(
     """Tune the model of the folder `base`; publish checkpoints under `stage.work`.
 
     Returns:
-        The tuned model, and one row per batch: of rloo and grpo reward, kl (nats per response, estimated on the samples),
-        response_length (tokens), entropy (nats per token), clip_fraction; of dpo preference_accuracy and margin on the
-        batch, entropy; loss and learning_rate of all.
+        The tuned model, and one row per batch: of rloo and grpo reward, kl (nats per response, estimated on the samples,
+        where it is penalised), response_length (tokens), entropy (nats per token), clip_fraction; of dpo
+        preference_accuracy and margin on the batch, entropy; loss and learning_rate of all.
     """
     for noisy in ("transformers", "trl", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -76,7 +78,9 @@ def tune(
     whole = checkpoint is not None and entry.lora is None
     lm, _ = load(checkpoint if checkpoint is not None and whole else base, device())
     lm.config._name_or_path = lm.name_or_path = str(base)  # where TRL takes the reference of rloo and grpo from
+    lm.generation_config = GenerationConfig()  # what TRL leaves open it would fill from the model's own
     bookkeeping = Bookkeeping(stage, entry, tokenizer, base)
+    tokenizer = copy.deepcopy(tokenizer)  # the trainers set its padding token
     if isinstance(entry, DPOTuning):
         reference = None if entry.lora else load(base, device())[0]
         trainer = dpo_trainer(lm, reference, tokenizer, corpus, entry, folder, bookkeeping)
@@ -107,6 +111,7 @@ def dpo_trainer(
         raise RlsaeError(f"batch_size: {entry.batch_size} pairs per step are asked for, the corpus trains on {len(rows)}")
     longest = max_tokens(entry, lm)
     arguments = DPOConfig(**shared_arguments(entry, folder, steps_per_batch=1), beta=entry.beta, max_length=longest)
+    use_one_device(arguments)
     trainer = DPOTrainer(
         lm,
         reference,
@@ -154,18 +159,26 @@ def group_trainer(
         "top_k": 0,
         "top_p": 1.0,
         "shuffle_dataset": False,
+        "disable_dropout": True,
     }
     steps_per_batch = entry.epochs * entry.batch_size // entry.minibatch_size
     kind, config = (GRPOTrainer, GRPOConfig) if isinstance(entry, GRPOTuning) else (RLOOTrainer, RLOOConfig)
-    return kind(
+    arguments = config(**shared_arguments(entry, folder, steps_per_batch), **group)
+    use_one_device(arguments)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    trainer = kind(
         lm,
         score,
-        args=config(**shared_arguments(entry, folder, steps_per_batch), **group),
-        train_dataset=Dataset.from_dict({"prompt": tokenizer.batch_decode(ids, skip_special_tokens=True)}),
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": texts}),
         processing_class=tokenizer,
         peft_config=lora_config(entry),
         callbacks=[bookkeeping],
     )
+    # Text and back is not the identity where a prompt ends within a character.
+    ids_of = dict(zip(texts, ids, strict=True))
+    setattr(trainer, "_tokenize_prompts", lambda prompts: ([ids_of[text] for text in prompts], None, {}))  # noqa: B010
+    return trainer
 
 
 def shared_arguments(entry: Entry, folder: Path, steps_per_batch: int) -> dict[str, Any]:
@@ -184,6 +197,7 @@ def shared_arguments(entry: Entry, folder: Path, steps_per_batch: int) -> dict[s
         "bf16": entry.precision == "bfloat16",
         "gradient_checkpointing": False,
         "logging_steps": steps_per_batch,
+        "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "save_total_limit": 2,
         "report_to": "none",
@@ -191,6 +205,11 @@ def shared_arguments(entry: Entry, folder: Path, steps_per_batch: int) -> dict[s
         "dataloader_pin_memory": False,
         "use_cpu": device().type == "cpu",
     }
+
+
+def use_one_device(arguments: TrainingArguments) -> None:
+    """Keep a trainer from spreading, and so multiplying, its batch over every GPU in sight."""
+    arguments._n_gpu = min(1, arguments.n_gpu)
 
 
 class Bookkeeping(TrainerCallback):
@@ -219,7 +238,8 @@ class Bookkeeping(TrainerCallback):
             return
         if batch in self.entry.checkpoint_steps():
             keep_checkpoint(self.stage, self.published(models["model"]), self.tokenizer, batch)
-        control.should_save = self.stage.due()
+        # A trainer that resumes after its last step makes one more.
+        control.should_save = state.global_step < args.max_steps and self.stage.due()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()

@@ -18,6 +18,7 @@ from rlsae.artifacts import MANIFEST, Manifest
 from rlsae.models import save
 
 DUMP = {"checkpoint": None, "hook": "mlp", "layers": None, "rows": 10_000, "rows_per_part": 64, "dtype": "float16"}
+DUMP |= {"precision": "float32", "codec": None}
 
 
 def finish(folder, stage, **content):
@@ -59,7 +60,8 @@ def tokens_of(documents, held_out=None, drop_positions=0):
 
 def write_tokens(folder, tokens):
     """A tokens artifact with these tokens."""
-    group = zarr.create_group(folder / token_store.STORE, attributes={"schema": 1, "drop_positions": tokens.drop_positions})
+    attributes = {"schema": 1, "drop_positions": tokens.drop_positions, "largest": int(tokens.token.max())}
+    group = zarr.create_group(folder / token_store.STORE, attributes=attributes)
     write_vector(group, "token", tokens.token, "token")
     write_vector(group, "start", tokens.start, "document_edge")
     write_vector(group, "document", np.arange(len(tokens.held_out), dtype=np.int32), "document")
@@ -75,11 +77,15 @@ def write_store(folder, tokens, acts, rows_per_part=64, dtype="float32", hook="m
     rows, channels = next(iter(acts.values())).shape
     modules = {str(layer): f"blocks.{layer}.{hook}" for layer in acts}
     attributes = {"policy": "tiny", "hook": hook, "modules": modules}
-    zarr_store.create(path, tokens, rows, list(acts), channels, dtype, rows_per_part, **attributes)
+    zarr_store.create(path, tokens, rows, list(acts), channels, dtype, rows_per_part, None, **attributes)
     group = zarr.open_group(path, mode="a")
     for layer, rows_ND in acts.items():
-        group[f"layer/{layer}/acts"][:] = rows_ND.astype(dtype)
-    zarr_store.finish(path)
+        array = group[f"layer/{layer}/acts"]
+        size = array.shards[0]
+        parts = {first: rows_ND[first : first + size].astype(dtype) for first in range(0, rows, size)}
+        facts = [zarr_store.write_shard(path, array, layer, first, part) for first, part in parts.items()]
+        zarr_store.finish(path, layer, facts)
+    consolidate_metadata(group)
     # A manifest that tells stores apart, as the digests of a real one do.
     return finish(folder, "activations", metrics={str(n): np.asarray(a, np.float64).sum() for n, a in acts.items()})
 

@@ -232,7 +232,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(raw, place, key, n
 
 def test_an_unknown_key_without_a_near_one_is_told_those_of_its_own_kind(raw):
     raw["corpora"]["reviews"]["zzz"] = 1
-    known = "seed, documents, held_out, context_length, drop_positions, source"  # not those of file and hub corpora
+    known = "kind, seed, documents, held_out, context_length, drop_positions, source"  # not those of file and hub corpora
     assert mistake(raw) == f"corpora.reviews.zzz: unknown key; known here: {known}"
 
 
@@ -282,8 +282,8 @@ def test_a_seed_that_is_given_twice_is_refused_because_it_is_no_replication(raw)
 
 
 def test_a_choice_among_words_is_refused_with_the_words(raw):
-    raw["activations"]["mlp"]["hook"] = "residual"
-    assert mistake(raw) == "activations.mlp.hook: expected one of 'mlp', 'attention' or 'block', found 'residual'"
+    raw["activations"]["mlp"]["dtype"] = "int8"
+    assert mistake(raw) == "activations.mlp.dtype: expected one of 'float16' or 'float32', found 'int8'"
 
 
 def test_an_unknown_source_is_refused_with_the_known_ones_and_its_key(raw):
@@ -403,52 +403,6 @@ def test_studies_that_take_their_layers_from_each_other_are_refused(raw, same_as
 def test_the_sizes_of_a_study_are_among_its_dictionaries(raw):
     raw["studies"]["main"] |= {"dictionaries": ["small"], "sizes": {"small": "small", "big": "big"}}
     assert mistake(raw) == "studies.main.sizes: 'big' is not among its dictionaries ['small']"
-
-
-def test_checkpoints_are_evenly_spaced_over_the_batches():
-    assert tuning(batches=24, checkpoints=2).checkpoint_steps() == [8, 16]
-    assert tuning(batches=24, checkpoints=0).checkpoint_steps() == []
-
-
-def test_checkpoints_are_distinct_and_before_the_end_for_any_numbers():
-    for batches in range(1, 40):
-        for checkpoints in range(batches):
-            steps = tuning(batches=batches, checkpoints=checkpoints).checkpoint_steps()
-            assert len(steps) == checkpoints
-            assert steps == sorted(set(steps) & set(range(1, batches)))
-
-
-def test_a_study_of_a_published_checkpoint_is_accepted(raw):
-    raw["tunings"]["ppo"]["checkpoints"] = 2
-    raw["studies"]["main"]["tuning"] = "ppo@16"
-    assert parse_config(raw).studies["main"].tuned == "tiny.ppo@16"
-
-
-def test_a_study_of_a_checkpoint_that_is_not_published_is_told_those_that_are(raw):
-    raw["studies"]["main"]["tuning"] = "ppo@12"
-    assert mistake(raw) == "studies.main.tuning: ppo publishes no checkpoint 12; it publishes: none"
-    raw["tunings"]["ppo"]["checkpoints"] = 2
-    assert mistake(raw) == "studies.main.tuning: ppo publishes no checkpoint 12; it publishes: [8, 16]"
-
-
-def test_a_checkpoint_with_a_leading_zero_is_refused_because_no_folder_has_that_name(raw):
-    raw["tunings"]["ppo"]["checkpoints"] = 2
-    raw["studies"]["main"]["tuning"] = "ppo@08"
-    assert "studies.main.tuning" in mistake(raw)
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"minibatch_size": 50}, "batch_size 128 is no multiple of minibatch_size 50"),
-        ({"query_tokens": [10, 2]}, "query_tokens: shortest 10 exceeds longest 2"),
-        ({"response_tokens": [9, 8]}, "response_tokens: shortest 9 exceeds longest 8"),
-        ({"batches": 3, "checkpoints": 3}, "checkpoints: 3 moments need more than 3 batches"),
-    ],
-)
-def test_settings_of_a_tuning_that_contradict_each_other_are_refused(raw, changes, expected):
-    raw["tunings"]["ppo"] |= changes
-    assert mistake(raw) == f"tunings.ppo: {expected}"
 
 
 # --- settings on the command line --------------------------------------------------------------------------------

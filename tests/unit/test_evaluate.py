@@ -13,7 +13,7 @@ from torch import nn
 from rlsae.config import PPOTuning
 from rlsae.corpora import DOCUMENTS
 from rlsae.errors import RlsaeError
-from rlsae.tuning.evaluate import SAMPLES, distinct_bigrams, ended, evaluate
+from rlsae.tuning.evaluate import SAMPLES, distinct_bigrams, ended, evaluate, signs_of_reward_hacking
 from rlsae.tuning.rollout import Prompts, Rollout
 
 
@@ -32,7 +32,7 @@ def evaluation(corpus, tokenizer, random_model):
 
     def run(tuned, base, reward=length, ids=None, **changes):
         entry = settings(**changes)
-        prompts = Prompts(corpus, tokenizer, base, entry.query_tokens, entry.response_tokens, held_out=True)
+        prompts = Prompts(corpus, tokenizer, base, entry, held_out=True)
         prompts.ids = ids or prompts.ids
         return evaluate(tuned, base, tokenizer, prompts, reward, entry)
 
@@ -58,7 +58,9 @@ def test_a_model_that_was_not_changed_gains_nothing_and_costs_nothing(evaluation
     metrics, samples = evaluation(random_model("gpt_neox"), random_model("gpt_neox"))
     assert metrics["reward_gain"] == 0.0
     assert metrics["reward_gain_ci95"] == [0.0, 0.0]
-    assert metrics["kl"] == 0.0
+    assert metrics["kl"] == metrics["kl_per_token"] == 0.0
+    assert metrics["kl_ci95"] == [0.0, 0.0]
+    assert metrics["signs_of_reward_hacking"] == []
     assert samples.response_base.equals(samples.response_tuned)
     for figure in ("reward", "response_length", "eos_rate", "perplexity", "distinct_2"):
         assert metrics[f"{figure}_base"] == metrics[f"{figure}_tuned"]
@@ -144,7 +146,7 @@ def test_equal_prompts_get_responses_of_their_own_also_in_different_batches(eval
 
 
 def test_more_prompts_than_there_are_held_out_documents_are_refused(evaluation, random_model):
-    with pytest.raises(RlsaeError, match="evaluation_prompts: 76 are asked for, 75 held-out documents"):
+    with pytest.raises(RlsaeError, match="evaluation_prompts: 76 are asked for, 75 held-out ones fit"):
         evaluation(random_model("gpt_neox"), random_model("gpt_neox"), evaluation_prompts=76)
 
 
@@ -170,3 +172,54 @@ def test_distinct_bigrams_are_counted_within_texts_and_over_all_texts(texts, sha
 
 def test_texts_without_two_words_have_no_share_of_distinct_bigrams():
     assert distinct_bigrams(["one", ""]) is None
+
+
+# --- signs of reward hacking -------------------------------------------------------------------------------------
+
+
+def figures(**changes):
+    """Those of a fluent tuning."""
+    ratios = {"distinct_2_base": 0.8, "distinct_2_tuned": 0.6, "eos_rate_base": 0.4, "eos_rate_tuned": 0.3}
+    return {"kl_per_token": 0.5} | ratios | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "signs"),
+    [
+        ({}, []),
+        ({"kl_per_token": 1.0}, []),
+        ({"kl_per_token": 1.1}, ["kl_high"]),
+        ({"distinct_2_tuned": 0.4}, []),
+        ({"distinct_2_tuned": 0.39}, ["distinct_2_collapsed"]),
+        ({"distinct_2_tuned": None}, ["distinct_2_collapsed"]),
+        ({"distinct_2_base": None, "distinct_2_tuned": None}, []),
+        ({"eos_rate_tuned": 0.2}, []),
+        ({"eos_rate_tuned": 0.0}, ["eos_suppressed"]),
+        ({"eos_rate_base": 0.0, "eos_rate_tuned": 0.0}, []),
+        ({"eos_rate_tuned": 1.0, "distinct_2_tuned": 1.0}, []),
+        (
+            {"kl_per_token": 9.0, "distinct_2_tuned": 0.0, "eos_rate_tuned": 0.1},
+            ["kl_high", "distinct_2_collapsed", "eos_suppressed"],
+        ),
+    ],
+    ids=str,
+)
+def test_a_sign_holds_beyond_its_threshold_alone(changes, signs):
+    assert signs_of_reward_hacking(figures(**changes)) == signs
+
+
+def test_a_model_that_says_one_word_without_end_shows_every_sign(evaluation, random_model, tokenizer):
+    vocabulary = random_model("gpt_neox").config.vocab_size
+    [word] = tokenizer(" the")["input_ids"]
+    tuned = blind(random_model("gpt_neox"), 30.0 * nn.functional.one_hot(torch.tensor(word), vocabulary).float())
+    base = blind(random_model("gpt_neox"), 4.0 * nn.functional.one_hot(torch.tensor(0), vocabulary).float())
+    metrics, _ = evaluation(tuned, base)
+    assert 0.0 == metrics["eos_rate_tuned"] < metrics["eos_rate_base"]
+    assert metrics["distinct_2_tuned"] < 0.1
+    assert metrics["signs_of_reward_hacking"] == ["kl_high", "distinct_2_collapsed", "eos_suppressed"]
+
+
+def test_a_model_that_drifts_a_little_shows_no_sign(evaluation, random_model):
+    metrics, _ = evaluation(changed(random_model("gpt_neox"), 0.03), random_model("gpt_neox"))
+    assert 0.0 < metrics["kl_per_token"] < 1.0
+    assert metrics["signs_of_reward_hacking"] == []

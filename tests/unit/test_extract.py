@@ -103,20 +103,20 @@ def new_dump(tmp_path, policy, tokens):
 @pytest.fixture
 def computed(monkeypatch):
     """The first rows of the shards that were computed; `computed.fail_at` is the number of the one that fails."""
-    original = module.extract_rows
+    original = module.Capture.rows
 
     class Computed(list):
         fail_at = None
 
     shards = Computed()
 
-    def counted(model, tokens, first, stop, layers, hook):
+    def counted(self, tokens, first, stop):
         if len(shards) == shards.fail_at:
             raise KeyboardInterrupt
         shards.append(first)
-        return original(model, tokens, first, stop, layers, hook)
+        return original(self, tokens, first, stop)
 
-    monkeypatch.setattr(module, "extract_rows", counted)
+    monkeypatch.setattr(module.Capture, "rows", counted)
     return shards
 
 
@@ -417,15 +417,15 @@ def test_other_parts_of_the_same_dump_may_run_side_by_side(new_dump, computed):
 
 
 def test_one_part_is_not_run_twice_at_a_time(new_dump, monkeypatch):
-    started, original = new_dump(), module.extract_rows
+    started, original = new_dump(), module.Capture.rows
 
     def while_it_runs(*arguments):
-        monkeypatch.setattr(module, "extract_rows", original)
+        monkeypatch.setattr(module.Capture, "rows", original)
         with pytest.raises(RlsaeError, match=r"in use by process \d+ on .*; wait for it, or stop it first"):
             started.part(0)
         return original(*arguments)
 
-    monkeypatch.setattr(module, "extract_rows", while_it_runs)
+    monkeypatch.setattr(module.Capture, "rows", while_it_runs)
     started.parts().publish()
 
 

@@ -10,54 +10,20 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_tunings import FAMILY, entry, equal, killed_in, letters, publisher, responses, runner, saving_after
 from torch import nn
 
 from rlsae.artifacts import MANIFEST, Manifest
-from rlsae.config import PPOTuning, PythonReward
 from rlsae.errors import RlsaeError
-from rlsae.models import load, save
+from rlsae.models import load
 from rlsae.resumable import Stage
 from rlsae.tuning.ppo import adapt, advantages, ppo_loss, score, token_rewards, tune
-from rlsae.tuning.rollout import PolicyWithValue, Rollout, generate, next_token_logp, taken
-from rlsae.tuning.stage import build_policy
-
-FAMILY = "gpt_neox"
-
-
-def entry(**changes):
-    sizes = {"batches": 3, "batch_size": 8, "minibatch_size": 4, "evaluation_prompts": 20}
-    lengths = {"query_tokens": (2, 4), "response_tokens": (3, 6)}
-    return PPOTuning(**{"method": "ppo", "reward": "letters", "corpus": "reviews"} | sizes | lengths | changes)
-
-
-def letters(prompts, responses):
-    """An easy reward: the share of letters of a response that are vowels."""
-    return [sum(letter in "aeiou" for letter in response) / (1 + len(response)) for response in responses]
+from rlsae.tuning.rollout import PolicyWithValue, generate, next_token_logp, taken
 
 
 @pytest.fixture
 def run(random_model, tokenizer, corpus, tmp_path):
-    """Function of a folder's name and settings: tuned model and history."""
-
-    def tuned(name, reward=letters, stage_type=Stage, **changes):
-        lm, base = random_model(FAMILY), random_model(FAMILY)
-        with stage_type("policies", tmp_path / name, {}, {}) as stage:
-            history = tune(lm, base, tokenizer, corpus, reward, entry(**changes), stage)
-        return lm, history
-
-    return tuned
-
-
-def equal(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
-
-
-def responses(lengths, longest=6):
-    """A rollout with responses of these lengths and prompts of two tokens; its texts and ids mean nothing."""
-    mask_BR = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    ids_BT = torch.randint(1, 300, (len(lengths), 2 + longest), generator=torch.Generator().manual_seed(0))
-    texts = [""] * len(lengths)
-    return Rollout(ids_BT, torch.ones(len(lengths), 2, dtype=torch.bool), mask_BR, texts, texts)
+    return runner(random_model, tokenizer, corpus, tmp_path)
 
 
 # --- rewards and advantages --------------------------------------------------------------------------------------
@@ -194,15 +160,17 @@ def test_the_loss_is_the_equation_over_the_tokens_of_the_responses_alone(policy)
         torch.randn(4, 6),
         torch.randn(4, 6),
     ]
-    loss, figures = ppo_loss(policy, rollout, *given, entry())
+    tokens = rollout.lengths_B.sum()
+    loss, figures = ppo_loss(policy, rollout, *given, tokens, entry())
     expected, expected_figures = slow_loss(policy, rollout, *given, entry())
     assert loss.item() == pytest.approx(expected, abs=1e-5)
-    assert figures == pytest.approx(expected_figures, abs=1e-4)
+    assert {name: figure.item() for name, figure in figures.items()} == pytest.approx(expected_figures, abs=1e-4)
+    assert not any(figure.requires_grad for figure in figures.values())
     assert 0 < figures["clip_fraction"] < 1
     behind = ~rollout.response_mask_BR
     for tensor in given:
         tensor[behind] = 1e3
-    assert ppo_loss(policy, rollout, *given, entry())[0].item() == pytest.approx(expected, abs=1e-5)
+    assert ppo_loss(policy, rollout, *given, tokens, entry())[0].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_token_that_has_moved_too_far_already_is_pushed_no_further(policy):
@@ -210,20 +178,19 @@ def test_a_token_that_has_moved_too_far_already_is_pushed_no_further(policy):
     zeros_BR = torch.zeros(2, 6)
     with torch.no_grad():
         old_logp_BR = taken(policy(rollout)[0], rollout) - 1.0  # every ratio is e
-    settings = entry(value_coefficient=0)
-    ppo_loss(policy, rollout, old_logp_BR, zeros_BR, torch.ones(2, 6), zeros_BR, settings)[0].backward()
+    settings, tokens = entry(value_coefficient=0), torch.tensor(8)
+    ppo_loss(policy, rollout, old_logp_BR, zeros_BR, torch.ones(2, 6), zeros_BR, tokens, settings)[0].backward()
     assert all((parameter.grad == 0).all() for parameter in policy.lm.parameters())
-    ppo_loss(policy, rollout, old_logp_BR, zeros_BR, -torch.ones(2, 6), zeros_BR, settings)[0].backward()
+    ppo_loss(policy, rollout, old_logp_BR, zeros_BR, -torch.ones(2, 6), zeros_BR, tokens, settings)[0].backward()
     assert any((parameter.grad != 0).any() for parameter in policy.lm.parameters())
 
 
-def test_scores_do_not_depend_on_how_many_responses_are_scored_at_once(policy, random_model, tokenizer, monkeypatch):
+def test_scores_do_not_depend_on_how_many_responses_are_scored_at_once(policy, random_model, tokenizer):
     base = random_model(FAMILY)
     nn.init.normal_(base.get_output_embeddings().weight, generator=torch.Generator().manual_seed(1))
     rollout = generate(base, tokenizer, [[5, 6], [7], [8, 9, 10]] * 3, np.array([6, 2, 4] * 3), seed=0)
-    whole = score(policy, base, rollout)
-    monkeypatch.setattr("rlsae.tuning.ppo.SCORING_BATCH", 2)
-    for one, other in zip(whole, score(policy, base, rollout), strict=True):
+    whole = score(policy, base, rollout, at_once=9)
+    for one, other in zip(whole, score(policy, base, rollout, at_once=2), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
         assert (one[~rollout.response_mask_BR] == 0).all()
     with torch.no_grad():
@@ -271,15 +238,15 @@ def test_the_history_has_one_row_per_batch_with_its_rate_and_coefficient(run):
     assert history.batch.tolist() == [0, 1, 2, 3]
     assert history.learning_rate.tolist() == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.5e-3])
     assert history.kl_coefficient.tolist() == pytest.approx([0.2 * (1 - 0.2 * 8 / 1000) ** k for k in range(4)])
+    assert set(history) >= {"reward", "kl", "entropy", "policy_loss", "value_loss", "clip_fraction", "response_length"}
     assert history.response_length.between(1, 6).all()
     assert history.notna().all(axis=None)
 
 
 def test_the_base_is_not_changed(run, random_model, tokenizer, corpus, tmp_path):
     base = random_model(FAMILY)
-    lm = random_model(FAMILY)
     with Stage("policies", tmp_path / "base", {}, {}) as stage:
-        tune(lm, base, tokenizer, corpus, letters, entry(), stage)
+        lm, _ = tune(random_model(FAMILY), base, tokenizer, corpus, letters, entry(), stage)
     assert equal(base, random_model(FAMILY))
     assert not equal(lm, base)
 
@@ -308,36 +275,10 @@ def test_the_reward_gets_the_texts_of_prompts_and_responses(run, corpus):
 # --- a kill ------------------------------------------------------------------------------------------------------
 
 
-def killed_in(batch, calls):
-    """The easy reward, which is killed when it is asked for this batch; `calls` counts how often it was asked."""
-
-    def reward(prompts, texts):
-        if len(calls) == batch:
-            raise KeyboardInterrupt
-        calls.append(batch)
-        return letters(prompts, texts)
-
-    return reward
-
-
-def saving_after(*moments):
-    """A stage that saves its partial state after these batches, counted over its life."""
-
-    class SavingStage(Stage):
-        asked = 0
-
-        def due(self):
-            self.asked += 1
-            return self.asked in moments
-
-    return SavingStage
-
-
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2"], ids=["untied", "tied"])
 @pytest.mark.parametrize(("saved", "killed"), [(1, 2), (4, 5), (2, 6)])
-def test_a_tuning_that_was_killed_goes_on_and_ends_with_the_same_bits(run, monkeypatch, family, saved, killed):
-    monkeypatch.setattr(f"{__name__}.FAMILY", family)
-    settings = {"batches": 7, "checkpoints": 2, "learning_rate": 1e-3, "kl_horizon": 10}
+def test_a_tuning_that_was_killed_goes_on_and_ends_with_the_same_bits(run, family, saved, killed):
+    settings = {"family": family, "batches": 7, "checkpoints": 2, "learning_rate": 1e-3, "kl_horizon": 10}
     whole, history = run("whole", **settings)
     with pytest.raises(KeyboardInterrupt):
         run("killed", reward=killed_in(killed, []), stage_type=saving_after(saved), **settings)
@@ -385,29 +326,8 @@ def test_a_checkpoint_is_the_model_after_its_batch(run, tmp_path):
 
 @pytest.fixture
 def publish(random_model, tokenizer, corpus, tmp_path, monkeypatch):
-    """Function of a folder's name and settings: publish a tuning; the reward file counts its calls."""
     monkeypatch.setenv("RLSAE_DEVICE", "cpu")
-    base = tmp_path / "results" / "models" / "tiny"
-    save(random_model(FAMILY), tokenizer, base / "model")
-    (base / MANIFEST).write_text(Manifest("models", {}, {}, {}, {}).to_json())
-    source = tmp_path / "reward.py"
-    calls = tmp_path / "calls"
-    source.write_text(
-        "from pathlib import Path\n\n\ndef reward(prompts, responses):\n"
-        f"    with Path({str(calls)!r}).open('a') as file:\n        file.write('x')\n"
-        "    return [text.count('e') for text in responses]\n"
-    )
-
-    def build(name="a", **changes):
-        out = tmp_path / name / "policies" / "tiny.ppo"
-        settings = entry(**changes)
-        reward = PythonReward(kind="python", path=str(source))
-        told = {"tuning": settings.settings(), "reward": reward.settings()}
-        build_policy(settings, reward, told, out, None, base, corpus, source)
-        return out
-
-    build.calls = calls
-    return build
+    return publisher(random_model, tokenizer, corpus, tmp_path)
 
 
 def test_a_tuning_is_published_with_its_checkpoints_history_samples_and_evaluation(publish):
@@ -416,7 +336,7 @@ def test_a_tuning_is_published_with_its_checkpoints_history_samples_and_evaluati
     assert set(manifest.outputs) == {"model", "checkpoints", "history.parquet", "samples.parquet"}
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["2"]
     assert manifest.metrics["checkpoints"] == [2]
-    assert set(manifest.inputs) == {"models/tiny", "corpora/reviews", "file:reward"}
+    assert set(manifest.inputs) == {f"models/{FAMILY}", "corpora/reviews", "file:reward"}
     assert len(pd.read_parquet(out / "history.parquet")) == 3
     assert len(pd.read_parquet(out / "samples.parquet")) == manifest.metrics["evaluation_prompts"] == 20
     for folder in (out / "model", out / "checkpoints" / "2"):
@@ -429,11 +349,19 @@ def test_equal_tunings_are_published_as_equal_bytes(publish):
     assert (first / MANIFEST).read_bytes() == (second / MANIFEST).read_bytes()
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora": {}}], ids=["all weights", "adapters"])
+def test_a_learning_rate_of_zero_gains_nothing_and_costs_nothing(publish, changes):
+    metrics = Manifest.read(publish(learning_rate=0.0, value_learning_rate=1e-2, **changes)).metrics
+    assert metrics["kl"] == metrics["kl_per_token"] == metrics["reward_gain"] == 0.0
+    assert metrics["kl_ci95"] == metrics["reward_gain_ci95"] == [0.0, 0.0]
+    assert metrics["signs_of_reward_hacking"] == []
+
+
 def test_responses_without_two_words_are_evaluated_and_published(publish):
     assert Manifest.read(publish(response_tokens=(1, 1), learning_rate=0.0)).metrics["response_length_tuned"] == 1
 
 
 def test_an_evaluation_that_cannot_be_made_is_refused_before_the_tuning_and_not_after_it(publish):
-    with pytest.raises(RlsaeError, match="evaluation_prompts: 76 are asked for, 75 held-out documents"):
+    with pytest.raises(RlsaeError, match="evaluation_prompts: 76 are asked for, 75 held-out ones fit"):
         publish(evaluation_prompts=76)
     assert not publish.calls.exists()

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small_tunings import entry
 from torch import nn
 
 from rlsae.corpora import DOCUMENTS
@@ -209,7 +210,8 @@ def prompts(corpus, tokenizer, random_model):
     """Function of settings: prompts of the corpus."""
 
     def make(query_tokens=(2, 5), response_tokens=(4, 8), held_out=False, folder=corpus):
-        return Prompts(folder, tokenizer, random_model("gpt2"), query_tokens, response_tokens, held_out)
+        settings = entry(query_tokens=query_tokens, response_tokens=response_tokens)
+        return Prompts(folder, tokenizer, random_model("gpt2"), settings, held_out)
 
     return make
 
@@ -245,7 +247,7 @@ def test_a_batch_may_be_larger_than_the_corpus(prompts):
 
 
 def test_more_distinct_prompts_than_there_are_documents_are_refused(prompts):
-    with pytest.raises(RlsaeError, match="evaluation_prompts: 76 are asked for, 75 held-out documents are long enough"):
+    with pytest.raises(RlsaeError, match="evaluation_prompts: 76 are asked for, 75 held-out ones fit"):
         prompts(held_out=True).sample(76, np.random.default_rng(0), distinct=True)
 
 

@@ -230,7 +230,8 @@ def test_the_first_epoch_is_the_same_however_many_follow(store):
 
 def test_an_order_goes_on_exactly_from_any_step(store):
     order = store.row_order(0, 10, seed=0, epochs=2)
-    order.acts = order.acts[:]  # in memory, for speed
+    rows_ND = store.read(0, 0, store.rows)
+    order.store.read = lambda layer, first, stop: rows_ND[first:stop]  # in memory, for speed
     whole = row_numbers(order)
     for step in range(order.steps + 1):
         assert row_numbers(order, step) == whole[step:]
@@ -239,7 +240,7 @@ def test_an_order_goes_on_exactly_from_any_step(store):
 def test_what_was_trained_on_before_is_not_read_again(store, monkeypatch):
     order = store.row_order(0, 10, seed=0, epochs=1)
     read = []
-    monkeypatch.setattr(order, "_read", lambda window: read.append(window.tolist()) or np.zeros((32, 4)))
+    monkeypatch.setattr(order, "_read", lambda window, *_: read.append(window.tolist()) or np.arange(32))
     list(order.batches(order.steps - 1))
     assert read == [next(window.tolist() for _, window, batches in reversed(order.windows) if batches)]
 

@@ -127,7 +127,7 @@ def test_a_file_that_was_only_touched_reruns_nothing(run):
         ("tuning/ppo.py", behind_the_checkpoint({"tune"} | AFTER_POLICY)),
         ("interpretation/examples.py", {"interpret", "report_study"}),
         ("report/build.py", {"report_study"}),
-        ("config.py", set()),
+        ("config/__init__.py", set()),
     ],
 )
 def test_changed_code_reruns_the_stages_that_import_it(run, module, expected):

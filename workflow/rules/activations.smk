@@ -45,6 +45,7 @@ rule activation_part:
     resources:
         mem_mb=8000,
         runtime=240,
+        disk_mb=lambda wildcards: LAYOUT.part_megabytes(wildcards.activation, wildcards.kind, wildcards.policy),
     params:
         settings=settings(LAYOUT.activation_settings, "activation", "kind", "policy"),
         code=code_digest("activations", "models"),
