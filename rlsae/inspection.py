@@ -17,9 +17,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from rlsae.artifacts import MANIFEST, PROVENANCE, Manifest, artifact_id
+from rlsae.artifacts import MANIFEST, PROVENANCE, Manifest, artifact_id, stored_bytes
 from rlsae.errors import RlsaeError
-from rlsae.layout import model_of
+from rlsae.layout import LAYER_KEYS, WIDTH_KEYS, model_of
 
 PIECES, PIECE_ROWS = 16, 4096
 """Rows are sampled in pieces spread evenly over a layer: at most 65,536 of them."""
@@ -30,11 +30,7 @@ SHOWN_TOKENS = 64
 OUTLIER = 10.0
 """A row is an outlier when its norm is above so many medians: attention sinks have such rows (Sun et al. 2024)."""
 MADE_BY = ("rlsae", "commit", "device", "threads", "wall_seconds", "peak_memory_mb")
-SIZES = {
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "width": ("hidden_size", "n_embd", "d_model"),
-    "vocabulary": ("vocab_size",),
-}
+SIZES = {"layers": LAYER_KEYS, "width": WIDTH_KEYS, "vocabulary": ("vocab_size",)}
 """What configurations of transformers call these, by family."""
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError)
 """What the readers of damaged JSON, Parquet, safetensors and Zarr raise."""
@@ -71,12 +67,6 @@ def inspect(folder: Path) -> dict[str, Any]:
         "outputs": {name: _describe(folder / name, models, base) for name in sorted(manifest.outputs)},
     }
     return _without_nan(facts)
-
-
-def stored_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; 0 where there is nothing."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def tensor_header(path: Path) -> dict[str, dict[str, Any]]:

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from rlsae.artifacts import MANIFEST, PROVENANCE, Manifest, artifact_id, canonical_json, digest, text_digest
+from rlsae.artifacts import MANIFEST, PROVENANCE, Manifest, artifact_id, canonical_json, digest, stored_bytes, text_digest
 from rlsae.errors import RlsaeError
-from rlsae.inspection import UNREADABLE, stored_bytes, tensor_header, why
+from rlsae.inspection import UNREADABLE, tensor_header, why
 from rlsae.status import BANNER
 from rlsae.store_verification import Add, Files, Problem, Severity, check_store, count, long_progress
 

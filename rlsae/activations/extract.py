@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 
 from rlsae.activations import store as zarr_store
 from rlsae.activations.store import STORE, shard_file
-from rlsae.activations.tokens import Tokens, consolidate_metadata, stored_bytes
-from rlsae.artifacts import digest, input_digests, write_atomically
+from rlsae.activations.tokens import Tokens, consolidate_metadata
+from rlsae.artifacts import digest, input_digests, stored_bytes, write_atomically
 from rlsae.compute import device
 from rlsae.errors import RlsaeError
 from rlsae.models import Hook, blocks, component, load, module_path, output_tensor

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoTokenizer
 from zarr.codecs import Crc32cCodec
 
+from rlsae.artifacts import stored_bytes
 from rlsae.corpora import DOCUMENTS
 from rlsae.errors import RlsaeError
 from rlsae.resumable import Stage
@@ -135,8 +136,3 @@ def consolidate_metadata(group: zarr.Group) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata", category=zarr.errors.ZarrUserWarning)
         zarr.consolidate_metadata(group.store)
-
-
-def stored_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from rlsae.artifacts import Manifest
+from rlsae.artifacts import Manifest, stored_bytes
 from rlsae.report.formatting import listing, number, visible
 from rlsae.report.study import KEY, Study
 
@@ -109,7 +108,8 @@ def chain(study: Study, digests: dict[str, str]) -> list[Made]:
         holds, size = "", None
         if label:
             manifest, folder = study.manifests[label], study.folders[label]
-            holds, size = contents(manifest), manifest.metrics.get("bytes") or _bytes(folder, manifest)
+            stored = sum(stored_bytes(folder / name) for name in manifest.outputs)
+            holds, size = contents(manifest), manifest.metrics.get("bytes") or stored
         made.append(Made(identifier, digests[identifier].removeprefix("sha256:")[:12], holds, size))
     return made
 
@@ -141,11 +141,6 @@ def contents(manifest: Manifest) -> str:
 def _position(identifier: str) -> int:
     stage = identifier.replace(":", "/").split("/")[0]
     return STAGES.index(stage) if stage in STAGES else len(STAGES)
-
-
-def _bytes(folder: Path, manifest: Manifest) -> int:
-    files = [file for name in manifest.outputs for file in (folder / name, *(folder / name).rglob("*"))]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def tuning_metrics(metrics: dict[str, Any]) -> Iterator[Metric]:
