@@ -30,6 +30,10 @@ lint: $(VENV)/installed
 benchmarks: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.workflow_scale
 	$(BIN)/python -m tests.benchmarks.waiting
+	$(BIN)/python -m tests.benchmarks.ppo_speed
+	$(BIN)/python -m tests.benchmarks.extraction
+	$(BIN)/python -m tests.benchmarks.supply
+	$(BIN)/python -m tests.benchmarks.dump_memory
 
 # torch first and alone: the CPU build, which the rest must not replace.
 $(VENV)/installed: requirements.lock pyproject.toml

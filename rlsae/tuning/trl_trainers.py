@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ def tune(
     for noisy in ("transformers", "trl", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft|accelerate")
     folder = stage.work / "trainer"
     checkpoint = last_checkpoint(folder)
-    whole = checkpoint is not None and entry.lora is None
-    lm, _ = load(checkpoint if checkpoint is not None and whole else base, device())
+    lm, _ = load(checkpoint if checkpoint and not entry.lora else base, device())
     lm.config._name_or_path = lm.name_or_path = str(base)  # where TRL takes the reference of rloo and grpo from
     lm.generation_config = GenerationConfig()  # what TRL leaves open it would fill from the model's own
     bookkeeping = Bookkeeping(stage, entry, tokenizer, base)
@@ -222,9 +223,8 @@ class Bookkeeping(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.steps_per_batch = args.max_steps // self.entry.batches
-        self.history = History(self.stage, self.entry, [row(logs) for logs in state.log_history])
-        for index, one in enumerate(self.history.rows):
-            self.history.rows[index] = {"batch": index, **one}
+        earlier = [{"batch": batch, **row(logs)} for batch, logs in enumerate(state.log_history)]
+        self.history = History(self.stage, self.entry, earlier)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
@@ -273,12 +273,10 @@ def max_tokens(entry: DPOTuning, lm: PreTrainedModel) -> int:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; those that were not are deleted."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for path in found:
+    for path in folder.glob("checkpoint-*"):
         if not (path / COMPLETE).exists():
             shutil.rmtree(path)
-    complete = [path for path in found if path.exists()]
-    return complete[-1] if complete else None
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def positions_from_mask(model: torch.nn.Module, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -209,11 +209,8 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_is_full_in_the_middle_of_a_shard_leaves_no_shard_that_counts_as_done(
-    policy, tokenizer, tmp_path, small_disk
-):
-    documents = tokens_of(random_documents([64] * 64))
-    tokens = write_tokens(tmp_path / "tokens/long", documents)
+def test_a_disk_that_is_full_in_the_middle_of_a_shard_leaves_no_shard_that_counts_as_done(policy, tmp_path, small_disk):
+    tokens = write_tokens(tmp_path / "tokens/long", tokens_of(random_documents([64] * 64)))
     settings = DUMP | {"rows_per_part": 1024, "dtype": "float32"}
     shard_bytes = 1024 * 32 * 4
     work, inputs = small_disk / "work", (policy, policy / "model", tokens)
