@@ -33,7 +33,7 @@ from rlsae.models import Hook, blocks, component, load, module_path, output_tens
 from rlsae.progress import Progress
 from rlsae.resumable import FINGERPRINT, LOCK, OUTPUTS, Stage, claim, fingerprint, hold, waiting_lock
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 """Tokens of a forward pass, padding included."""
 
 
@@ -317,7 +317,8 @@ class Capture:
         Raises:
             RlsaeError: the model put out NaN or infinity, or a value that float16 cannot hold.
         """
-        largest = float(acts_ND.abs().max()) if len(acts_ND) else 0.0
+        low, high = acts_ND.aminmax()
+        largest = max(-float(low), float(high))
         if not math.isfinite(largest):
             raise RlsaeError(f"layer {layer}: the model put out values that are not finite; check its weights")
         if largest > self.limit:

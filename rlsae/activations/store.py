@@ -252,18 +252,20 @@ def create(
             chunks=(geometry.chunk_rows, channels),
             shards=(geometry.shard_rows, channels),
             dtype=dtype,
-            compressors=[*compressor(codec), Crc32cCodec()],
+            compressors=[*compressor(codec, np.dtype(dtype).itemsize), Crc32cCodec()],
             dimension_names=["row", "channel"],
             config=WHOLE,
         )
 
 
-def compressor(codec: str | None) -> list[dict[str, Any]]:
-    """A codec of numcodecs as Zarr v3 writes it down; zstd by its own name, which any reader knows."""
+def compressor(codec: str | None, itemsize: int) -> list[dict[str, Any]]:
+    """A codec of numcodecs as Zarr v3 writes it down; those of its specification by their own names, as any reader knows."""
     if codec is None:
         return []
-    if codec == "zstd":
-        return [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}]
+    blosc = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "typesize": itemsize, "blocksize": 0}
+    of_the_specification = {"zstd": {"level": 1, "checksum": False}, "gzip": {"level": 1}, "blosc": blosc}
+    if codec in of_the_specification:
+        return [{"name": codec, "configuration": of_the_specification[codec]}]
     return [{"name": f"numcodecs.{codec}", "configuration": {}}]
 
 
@@ -272,7 +274,7 @@ def write_shard(path: Path, array: zarr.Array, layer: int, first: int, acts_ND: 
     file = shard_file(path, array, layer, first)
     # zarr reads a shard before it writes it, and leaves its temporary file behind when it is killed.
     shutil.rmtree(file.parent, ignore_errors=True)
-    array[first : first + len(acts_ND)] = acts_ND
+    array.with_config(WHOLE)[first : first + len(acts_ND)] = acts_ND
     total, squares = sums(acts_ND)
     return {
         "rows": [first, first + len(acts_ND)],
@@ -286,8 +288,8 @@ def write_shard(path: Path, array: zarr.Array, layer: int, first: int, acts_ND: 
 def sums(acts_ND: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sum and sum of squares of each channel, in float64, a few rows at a time."""
     total, squares = np.zeros(acts_ND.shape[1]), np.zeros(acts_ND.shape[1])
-    for first in range(0, len(acts_ND), 4096):
-        rows_ND = acts_ND[first : first + 4096].astype(np.float64)
+    for first in range(0, len(acts_ND), 128):  # blocks that stay in the cache
+        rows_ND = acts_ND[first : first + 128].astype(np.float64)
         total += rows_ND.sum(0)
         squares += np.square(rows_ND).sum(0)
     return total, squares

@@ -142,7 +142,7 @@ def differing_files(one: Path, other: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", TUNINGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.endswith("lora")) for n in TUNINGS])
 def test_a_tuning_killed_at_random_moments_ends_as_if_never_killed(inputs, tmp_path, name, kills):
     rng = random.Random(f"{name} {kills}")
     out = tmp_path / name

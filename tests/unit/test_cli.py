@@ -341,6 +341,7 @@ def test_the_stages_behind_a_tuning_run_one_by_one_from_the_command_line(rlsae, 
     for role, policy in policies.items():
         stores[role] = results / f"activations/{policy.name}.reviews/mlp/layers-0-1"
         settings = {"hook": "mlp", "layers": None, "rows": 1500, "rows_per_part": 1024, "dtype": "float16", "checkpoint": None}
+        settings |= {"precision": "float32", "codec": None}
         shared = ["--settings", json.dumps(settings), "--policy", policy, "--tokens", tokens]
         shared += ["--work", results / f".work/{role}"]
         stamps = [results / f".work/{role}-part-{part}.json" for part in (0, 1)]

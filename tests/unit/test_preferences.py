@@ -198,7 +198,7 @@ def test_a_missing_response_in_a_table_is_named(tmp_path):
 
 
 def test_lines_of_plain_text_are_no_pairs(tmp_path):
-    with pytest.raises(RlsaeError, match=r"a\.txt: expected a name that ends in \.jsonl, \.parquet"):
+    with pytest.raises(RlsaeError, match=r"a\.txt: expected a name that ends in \.jsonl, \.jsonl\.gz or \.parquet"):
         read_pairs(tmp_path / "a.txt", b"one\ntwo\n")
 
 

@@ -129,7 +129,7 @@ def test_layers_may_be_written_in_every_form(validator, raw, layers):
         lambda raw: raw["dictionaries"]["small"].update(seeds=[]),
         lambda raw: raw["dictionaries"].update({"Small one": {}}),
         lambda raw: raw["activations"]["mlp"].update(rows_per_part=1000),
-        lambda raw: raw["activations"]["mlp"].update(hook="residual"),
+        lambda raw: raw["activations"]["mlp"].update(hook="mlp."),
         lambda raw: raw["corpora"]["reviews"].update(source="web"),
         lambda raw: raw["corpora"]["reviews"].pop("source"),
         lambda raw: raw["corpora"]["reviews"].update(held_out=1.0),

@@ -82,7 +82,7 @@ def corpus(folder: Path, source: Path, settings: str = '{"source": "file"}') -> 
         (b"", "holds no documents"),
         (b'{"text": "fine"}\n{"text": "\xff"}\n', "document 1 (line 2): not valid UTF-8"),
         (b'{"text": "fine"}\n{"text": 3}\n', "document 1: expected a text, found int 3"),
-        (b'{"text": "fine"}\n{"body": "x"}\n', "document 1 (line 2): no key 'text'; found: body"),
+        (b'{"text": "fine"}\n{"body": "x"}\n', "document 1 (line 2): no key 'text'; it has: body"),
         (b'{"text": "fine"}\nnot json\n', "document 1 (line 2): not valid JSON"),
         (b'{"text": "one"}\n{"text": "two"}\n', "leaves one side empty"),
     ],
