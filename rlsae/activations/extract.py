@@ -13,6 +13,7 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import IO, Any
 
@@ -89,8 +90,9 @@ def extract_part(
         with ThreadPoolExecutor(1) as writer:
             # One shard is written while the next one is computed; never more, so that memory stays flat.
             pending: Future[None] | None = None
+            buffers: Iterator[dict[int, NDArray[Any]]] = cycle([{}, {}])
             for first, stop in missing:
-                acts = capture.rows(tokens, first, stop)
+                acts = capture.rows(tokens, first, stop, next(buffers))
                 if pending is not None:
                     pending.result()
                 pending = writer.submit(write_shards, path, arrays, acts, first, work / "done" / f"{first}")
@@ -288,15 +290,22 @@ class Capture:
             raise RlsaeError(f"hook: expected one row of channels per token, of one width in all layers; found {shapes}")
         return shapes[self.layers[0]][2]
 
-    def rows(self, tokens: Tokens, first: int, stop: int) -> dict[int, NDArray[Any]]:
-        """Activations of rows `first` to `stop` for each layer [row, D], in the stored format."""
+    def rows(
+        self, tokens: Tokens, first: int, stop: int, buffers: dict[int, NDArray[Any]] | None = None
+    ) -> dict[int, NDArray[Any]]:
+        """Activations of rows `first` to `stop` for each layer [row, D], in the stored format.
+
+        Args:
+            buffers: arrays by layer to fill, at least so long; what is left out is added. Reused, they save the machine the
+                first touch of new memory, which costs as much as a copy to disk.
+        """
+        buffers = {} if buffers is None else buffers
         row_start = tokens.row_start()
         begin, end = int(np.searchsorted(row_start, first, "right")) - 1, int(np.searchsorted(row_start, stop))
         block = tokens.block(begin, end)
         low_D = np.maximum(row_start[begin:end], first)
         high_D = np.maximum(np.minimum(row_start[begin + 1 : end + 1], stop), low_D)
         position_D = low_D - row_start[begin:end] + tokens.drop_positions
-        kept: dict[int, NDArray[Any]] = {}
         for documents in length_buckets(block, range(end - begin)):
             ids_BT = padded(block, documents)
             counts = (high_D - low_D)[documents]
@@ -306,10 +315,10 @@ class Capture:
             for layer, acts_BTD in self(ids_BT).items():
                 index = torch.from_numpy(source).to(acts_BTD.device)
                 acts_ND = self._storable(acts_BTD.flatten(0, 1).index_select(0, index), layer)
-                if layer not in kept:
-                    kept[layer] = np.empty((stop - first, acts_ND.shape[1]), self.dtype)
-                kept[layer][target] = acts_ND
-        return kept
+                if len(buffers.get(layer, ())) < stop - first:
+                    buffers[layer] = np.empty((stop - first, acts_ND.shape[1]), self.dtype)
+                buffers[layer][target] = acts_ND
+        return {layer: buffer[: stop - first] for layer, buffer in buffers.items()}
 
     def _storable(self, acts_ND: Tensor, layer: int) -> NDArray[Any]:
         """Cast rows to the stored format.

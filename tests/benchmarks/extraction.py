@@ -32,7 +32,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlsae import compute
-from rlsae.activations import extract
+from rlsae.activations import extract, store
 from rlsae.activations.tokens import Tokens
 from rlsae.models import blocks
 from rlsae.pretrain import train_tokenizer
@@ -40,6 +40,8 @@ from tests.unit.small_artifacts import tokens_of, write_policy, write_tokens
 
 NAIVE_BATCH = 32
 """Documents of a naive batch."""
+SHARD_BYTES = 16 << 20
+"""Shards are smaller than real ones, so that a run of a minute has several, as a real one has hundreds."""
 PRECISIONS = ("float32", "bfloat16")
 SETTINGS: dict[str, Any] = {"hook": "mlp", "layers": None, "rows": 10**9, "rows_per_part": 1_048_576, "dtype": "float16"}
 SETTINGS |= {"codec": None, "checkpoint": None}
@@ -139,7 +141,7 @@ def main() -> None:
     options = parser.parse_args()
     compute.configure()
     where = compute.device()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(store, "SHARD_BYTES", SHARD_BYTES):
         contest = Contest(Path(folder), options.documents, where)
         contenders = {"naive": contest.naive, "ours": contest.ours, "bare": contest.bare}
         if options.batch_tokens:
