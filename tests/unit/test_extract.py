@@ -110,11 +110,11 @@ def computed(monkeypatch):
 
     shards = Computed()
 
-    def counted(self, tokens, first, stop):
+    def counted(self, tokens, first, stop, *buffers):
         if len(shards) == shards.fail_at:
             raise KeyboardInterrupt
         shards.append(first)
-        return original(self, tokens, first, stop)
+        return original(self, tokens, first, stop, *buffers)
 
     monkeypatch.setattr(module.Capture, "rows", counted)
     return shards
