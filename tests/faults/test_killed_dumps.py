@@ -17,9 +17,9 @@ import pytest
 from typer.testing import CliRunner
 
 from rlsae.activations.store import STORE, Geometry
-from rlsae.artifacts import PROVENANCE
 from rlsae.cli import app
 from rlsae.resumable import OUTPUTS
+from tests.faults.artifacts import differing_files
 from tests.unit.small_artifacts import DUMP, random_documents, tokens_of, write_policy, write_tokens
 from tests.workflow.conftest import clean_environment
 
@@ -141,15 +141,6 @@ def run_and_kill(dump: Dump, rng: random.Random, kills: int) -> int:
     for part in processes.keys() - set(victims):
         assert processes[part].wait() == 0, dump.log(part).read_text()
     return sum(results)
-
-
-def differing_files(one: Path, other: Path) -> list[str]:
-    contents = [
-        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        for folder in (one, other)
-    ]
-    names = (contents[0].keys() | contents[1].keys()) - {PROVENANCE}
-    return sorted(name for name in names if contents[0].get(name) != contents[1].get(name))
 
 
 @pytest.mark.parametrize(

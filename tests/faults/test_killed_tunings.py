@@ -16,13 +16,13 @@ import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from rlsae.artifacts import PROVENANCE
 from rlsae.cli import app
 from rlsae.config import GeneratedCorpus, PretrainedModel
 from rlsae.corpora import build_corpus
 from rlsae.models import build_model
 from rlsae.tuning.policy import CHECKPOINTS
 from rlsae.tuning.trl_trainers import COMPLETE
+from tests.faults.artifacts import differing_files
 from tests.workflow.conftest import clean_environment
 
 BATCHES, CHECKPOINT = 60, 20
@@ -130,15 +130,6 @@ def killed(arguments: list[str], work: Path, log: Path, batches: int, while_writ
     code = process.wait()
     assert code in (0, -signal.SIGKILL), log.read_text()
     return code != 0
-
-
-def differing_files(one: Path, other: Path) -> list[str]:
-    contents = [
-        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        for folder in (one, other)
-    ]
-    names = (contents[0].keys() | contents[1].keys()) - {PROVENANCE}
-    return sorted(name for name in names if contents[0].get(name) != contents[1].get(name))
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
