@@ -9,6 +9,7 @@ import os
 import re
 import types
 import typing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,6 @@ from rlsae.config import SECTIONS, SLUG, Config, Entry
 from rlsae.errors import RlsaeError
 
 Raw = dict[str, Any]
-VARIANTS = {"generated", "file", "hub", "pretrain", "path", "lexicon", "python", "classifier"} | {
-    "ppo",
-    "rloo",
-    "grpo",
-    "dpo",
-    "external",
-}
-"""Values of the keys that tell the kinds of entries of a section apart."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -133,17 +126,22 @@ def _resolve_family(value: Any, families: dict[str, list[str]], takes_list: bool
 
 def _entry_type(section: str, entry: Raw) -> type[Entry] | None:
     """The model of an entry, by its discriminator where the section has several; None if that cannot be told."""
+    key, kinds = _kinds(section)
+    return kinds.get(str(entry.get(key)) if key else "")
+
+
+@cache
+def _kinds(section: str) -> tuple[str | None, dict[str, type[Entry]]]:
+    """The key that tells the entries of a section apart (`source`, `kind`, `method`), and the model of each of its values.
+
+    Where there is one model, the key is None and the value empty.
+    """
     (_, annotation) = typing.get_args(typing.get_type_hints(Config, include_extras=True)[section])
     options = _members(annotation)
     if len(options) == 1:
-        return options[0]
-    key = _discriminator(annotation)
-    return next((o for o in options if entry.get(key) in typing.get_args(o.model_fields[key].annotation)), None)
-
-
-def _discriminator(annotation: Any) -> str:
-    """The key that tells the members of a union apart: `source`, `kind`, `method`."""
-    return str(next(m.discriminator for m in typing.get_args(annotation) if isinstance(m, FieldInfo)))
+        return None, {"": options[0]}
+    key = str(next(m.discriminator for m in typing.get_args(annotation) if isinstance(m, FieldInfo)))
+    return key, {tag: option for option in options for tag in typing.get_args(option.model_fields[key].annotation)}
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -227,8 +225,8 @@ def _is_variant(part: Any, place: int, mistake: Any) -> bool:
     """Whether a part of a location names a member of a union and not a key of the file."""
     if not isinstance(part, str):
         return False
-    if part in VARIANTS:
-        return place == 2 and mistake["loc"][0] in ("corpora", "models", "rewards", "tunings")
+    if place == 2 and mistake["loc"][0] in SECTIONS and part in _kinds(mistake["loc"][0])[1]:
+        return True
     return part.startswith("<")
 
 

@@ -11,9 +11,13 @@ from numbers import Real
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
+from rlsae.compute import device
 from rlsae.config import AnyReward, ClassifierReward, LexiconReward
 from rlsae.config.tunings import Scope
 from rlsae.errors import RlsaeError
+from rlsae.models import load_classifier
 
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 """Letters of any script, with apostrophes inside."""
@@ -44,12 +48,7 @@ class Classifier:
     """scale · logit or probability of one label of a sequence-classification model."""
 
     def __init__(self, entry: ClassifierReward, path: Path | None = None) -> None:
-        import torch
-
-        from rlsae.compute import device
-        from rlsae.models import load_classifier
-
-        self.entry, self.torch = entry, torch
+        self.entry = entry
         source = path or entry.repository
         assert source is not None
         self.name = str(source)
@@ -70,7 +69,7 @@ class Classifier:
             batch = self.tokenizer(
                 texts[start : start + self.entry.batch_size], padding=True, truncation=True, return_tensors="pt"
             ).to(self.model.device)
-            with self.torch.no_grad():
+            with torch.no_grad():
                 logits_BC = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
             outputs_BC = logits_BC.softmax(-1) if self.entry.output == "probability" else logits_BC
             scores += (self.entry.scale * outputs_BC[:, self.label]).tolist()

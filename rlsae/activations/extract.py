@@ -44,7 +44,8 @@ def extract_part(
     """Write the shards of one part of a dump that are not yet there.
 
     Args:
-        settings: `hook`, `layers` (None: all), `rows` (at most), `rows_per_part`, `dtype`, `checkpoint`.
+        settings: `hook`, `layers` (None: all), `rows` (at most), `rows_per_part`, `dtype`, `precision` of the
+            forward pass, `codec`, `checkpoint`.
         part: number of the part, from 0.
         stamp: file that says that the part is done.
         work: folder shared by all parts of the dump.

@@ -119,7 +119,7 @@ class Training(Tuning):
     warmup_batches: Annotated[int, Field(ge=0)] = Field(2, description="Batches of linear warm-up, then linearly to zero.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient clipping.")
     gradient_accumulation: Positive = Field(
-        1, description="Parts that each optimizer step is computed in: the same step in less memory."
+        1, description="Parts that each optimizer step is computed in, to save memory: of ppo the same step."
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Number format of the forward and backward pass; weights and optimizer stay float32."

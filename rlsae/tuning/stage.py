@@ -14,7 +14,7 @@ from torch import OutOfMemoryError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlsae.compute import device
-from rlsae.config import AnyReward, AnyTuning, ExternalTuning, OnPolicyTuning, PPOTuning, Training
+from rlsae.config import AnyReward, AnyTuning, DPOTuning, ExternalTuning, OnPolicyTuning, PPOTuning, Training
 from rlsae.corpora import PAIRS
 from rlsae.errors import RlsaeError
 from rlsae.models import check_same_shape, check_same_tokenizer, context_limit, load, save
@@ -57,7 +57,7 @@ def build_policy(
             stage.details |= {"device": str(reference.device), "tuning_seconds": round(time.monotonic() - started, 2)}
             metrics, samples = evaluate(lm, reference, tokenizer, prompts, reward, entry)
             if (corpus / PAIRS).exists():
-                longest = getattr(entry, "max_tokens", None) or context_limit(reference)
+                longest = (isinstance(entry, DPOTuning) and entry.max_tokens) or context_limit(reference)
                 metrics |= preference_accuracy(lm, reference, tokenizer, pd.read_parquet(corpus / PAIRS), longest)
         save(lm, tokenizer, stage.staging / "model")
         history.to_parquet(stage.staging / "history.parquet", index=False)
@@ -117,7 +117,8 @@ def explained_memory(entry: AnyTuning) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | OutOfMemoryError) and "t allocate memory" not in str(error):
+        of_the_cpu = any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+        if not isinstance(error, MemoryError | OutOfMemoryError) and not of_the_cpu:
             raise
         advice = "use a smaller model or a larger machine"
         if isinstance(entry, Training):

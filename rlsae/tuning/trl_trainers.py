@@ -1,6 +1,6 @@
 """DPO, RLOO and GRPO by TRL's trainers, with the artifacts, the resume and the checkpoints of every other method.
 
-Three things TRL leaves to its caller. A resumed Trainer loads the model's head under its stored name and so loses it
+What TRL leaves to its caller. A resumed Trainer loads the model's head under its stored name and so loses it
 silently (GPT-NeoX: `embed_out` on disk, `lm_head` in memory), hence the policy itself is loaded from the checkpoint
 before training goes on. Rollouts are not part of a checkpoint, hence one is only made where a rollout batch is used up.
 Its scoring passes no positions, wrong for models that learn them (GPT-2, GPT-Neo) when prompts are padded on the left,
