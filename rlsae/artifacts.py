@@ -13,6 +13,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -47,11 +48,11 @@ def text_digest(text: str) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, or of the names and digests of all files below a folder."""
+def digest(path: Path, known: Mapping[Path, str] | None = None) -> str:
+    """SHA-256 of a file, or of the names and digests of all files below a folder; those of `known` are not read again."""
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != ".snakemake_timestamp")
-        return text_digest(canonical_json({p.relative_to(path).as_posix(): digest(p) for p in files}))
+        return text_digest(canonical_json({p.relative_to(path).as_posix(): (known or {}).get(p) or digest(p) for p in files}))
     with path.open("rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -120,13 +120,16 @@ class Stage:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             return tensors, json.loads(file.metadata()["values"])
 
-    def publish(self, metrics: dict[str, Any]) -> None:
+    def publish(self, metrics: dict[str, Any], digests: Mapping[Path, str] | None = None) -> None:
         """Move everything staged into the artifact's folder, the manifest last, and delete the work folder.
+
+        Args:
+            digests: of staged files, as far as they are known.
 
         Raises:
             RlsaeError: the folder cannot be written.
         """
-        outputs = {path.name: digest(path) for path in sorted(self.staging.iterdir())}
+        outputs = {path.name: digest(path, digests) for path in sorted(self.staging.iterdir())}
         manifest = Manifest(self.name, self.parameters, self.inputs, outputs, metrics)
         text = manifest.to_json()
         try:

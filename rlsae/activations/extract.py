@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,7 @@ from transformers import PreTrainedModel
 from rlsae.activations import store as zarr_store
 from rlsae.activations.store import STORE, shard_file
 from rlsae.activations.tokens import Tokens, consolidate_metadata
-from rlsae.artifacts import digest, input_digests, stored_bytes, write_atomically
+from rlsae.artifacts import input_digests, stored_bytes, write_atomically
 from rlsae.compute import device
 from rlsae.errors import RlsaeError
 from rlsae.models import Hook, blocks, component, load, module_path, output_tensor
@@ -64,7 +63,7 @@ def extract_part(
         with waiting_lock(work / f"create.{LOCK}"):
             if not (work / "created").exists() or not path.exists():
                 shutil.rmtree(work / "done", ignore_errors=True)
-                channels = capture.channels()
+                channels = capture.width
                 check_space(work, rows * channels * len(layers) * np.dtype(settings["dtype"]).itemsize)
                 zarr_store.create(
                     path,
@@ -133,23 +132,24 @@ def consolidate(
         arrays = {int(name): group[f"layer/{name}/acts"] for name in group["layer"].group_keys()}
         layers = sorted(arrays)
         rows, channels = arrays[layers[0]].shape
-        shards: dict[int, list[dict[str, Any]]] = {layer: [] for layer in layers}
+        written: dict[int, list[dict[str, Any]]] = {layer: [] for layer in layers}
         for first in range(0, rows, arrays[layers[0]].shards[0]):
             done = work / "done" / f"{first}"
             facts = json.loads(done.read_text()) if done.exists() else {}
             for layer in layers:
-                file = shard_file(path, arrays[layer], layer, first)
-                if not file.exists() or str(layer) not in facts or digest(file) != facts[str(layer)]["digest"]:
+                if str(layer) not in facts or not zarr_store.is_whole(path, arrays[layer], layer, facts[str(layer)]):
                     done.unlink(missing_ok=True)
                     for stamp in stamps[first // settings["rows_per_part"] :][:1]:
                         stamp.unlink(missing_ok=True)
                     raise RlsaeError(
-                        f"layer {layer}: the shard from row {first} on is missing or damaged ({file}); "
+                        f"layer {layer}: the shard from row {first} on is missing or damaged "
+                        f"({shard_file(path, arrays[layer], layer, first)}); "
                         "run this stage again: its part will be recomputed"
                     )
-                shards[layer].append(facts[str(layer)])
+                written[layer].append(facts[str(layer)])
+        digests: dict[Path, str] = {}
         for layer in layers:
-            zarr_store.finish(path, layer, shards[layer])
+            digests |= zarr_store.finish(path, layer, written[layer])
         consolidate_metadata(zarr.open_group(path, mode="a"))
         documents = group["held_out"].shape[0]
         tokens = Tokens.open(tokens_folder)
@@ -162,7 +162,8 @@ def consolidate(
                 "layers": layers,
                 "channels": channels,
                 "bytes": stored_bytes(stage.staging),
-            }
+            },
+            digests,
         )
 
 
@@ -260,9 +261,9 @@ class Capture:
 
     def __init__(self, model: PreTrainedModel, layers: list[int], hook: Hook, dtype: str) -> None:
         truncate(model, layers[-1])
-        self.trunk, self.layers, self.dtype = model.base_model, layers, dtype
+        self.trunk, self.layers, self.dtype = model.base_model, layers, getattr(torch, dtype)
         self.modules = {layer: component(blocks(model)[layer], hook) for layer in layers}
-        self.limit = float(np.finfo(dtype).max)
+        self.width = self._channels()
 
     @torch.inference_mode()
     def __call__(self, ids_BT: Tensor) -> dict[int, Tensor]:
@@ -280,8 +281,8 @@ class Capture:
                 handle.remove()
         return captured
 
-    def channels(self) -> int:
-        """Width of the hooked outputs.
+    def _channels(self) -> int:
+        """Width D of the hooked outputs.
 
         Raises:
             RlsaeError: it differs between layers, or what is hooked is no row of channels per token.
@@ -302,40 +303,30 @@ class Capture:
         """
         buffers = {} if buffers is None else buffers
         row_start = tokens.row_start()
-        begin, end = int(np.searchsorted(row_start, first, "right")) - 1, int(np.searchsorted(row_start, stop))
+        begin, end = documents_of(tokens, first, stop)
         block = tokens.block(begin, end)
         low_D = np.maximum(row_start[begin:end], first)
         high_D = np.maximum(np.minimum(row_start[begin + 1 : end + 1], stop), low_D)
         position_D = low_D - row_start[begin:end] + tokens.drop_positions
+        rows_ND = {layer: self._buffer(buffers, layer, stop - first) for layer in self.layers}
         for documents in length_buckets(block, range(end - begin)):
-            ids_BT = padded(block, documents)
-            counts = (high_D - low_D)[documents]
-            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            source = np.repeat(np.arange(len(documents)) * ids_BT.shape[1] + position_D[documents], counts) + within
-            target = np.repeat(low_D[documents] - first, counts) + within
-            for layer, acts_BTD in self(ids_BT).items():
-                index = torch.from_numpy(source).to(acts_BTD.device)
-                acts_ND = self._storable(acts_BTD.flatten(0, 1).index_select(0, index), layer)
-                if len(buffers.get(layer, ())) < stop - first:
-                    buffers[layer] = np.empty((stop - first, acts_ND.shape[1]), self.dtype)
-                buffers[layer][target] = acts_ND
-        return {layer: buffer[: stop - first] for layer, buffer in buffers.items()}
+            for layer, acts_BTD in self(padded(block, documents)).items():
+                stored_BTD = acts_BTD.to(self.dtype).cpu().numpy()
+                for place, document in enumerate(documents):
+                    low, high, position = low_D[document], high_D[document], position_D[document]
+                    rows_ND[layer][low - first : high - first] = stored_BTD[place, position : position + high - low]
+        return rows_ND
 
-    def _storable(self, acts_ND: Tensor, layer: int) -> NDArray[Any]:
-        """Cast rows to the stored format.
+    def _buffer(self, buffers: dict[int, NDArray[Any]], layer: int, rows: int) -> NDArray[Any]:
+        if len(buffers.get(layer, ())) < rows:
+            buffers[layer] = torch.empty(rows, self.width, dtype=self.dtype).numpy()
+        return buffers[layer][:rows]
 
-        Raises:
-            RlsaeError: the model put out NaN or infinity, or a value that float16 cannot hold.
-        """
-        low, high = acts_ND.aminmax()
-        largest = max(-float(low), float(high))
-        if not math.isfinite(largest):
-            raise RlsaeError(f"layer {layer}: the model put out values that are not finite; check its weights")
-        if largest > self.limit:
-            raise RlsaeError(
-                f"layer {layer}: a value of {largest:.3g} does not fit {self.dtype}; set `dtype: float32` in its activation"
-            )
-        return acts_ND.to(getattr(torch, self.dtype)).cpu().numpy()
+
+def documents_of(tokens: Tokens, first: int, stop: int) -> tuple[int, int]:
+    """The range of documents that rows `first` to `stop` belong to."""
+    row_start = tokens.row_start()
+    return int(np.searchsorted(row_start, first, "right")) - 1, int(np.searchsorted(row_start, stop))
 
 
 def length_buckets(tokens: Tokens, documents: Sequence[int]) -> Iterator[list[int]]:

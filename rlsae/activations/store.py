@@ -16,6 +16,7 @@ Shapes: B rows of a batch, D channels.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
+from rlsae.activations import shards
 from rlsae.activations.tokens import VECTOR_CHUNK, WHOLE, Tokens, write_vector
 from rlsae.artifacts import digest
 from rlsae.errors import RlsaeError
@@ -39,6 +41,8 @@ WINDOW_CHUNKS = 16
 """Chunks that are held in memory and shuffled together."""
 READERS = 2
 """Chunks that are read at once."""
+RESIDENT_BYTES = 1 << 30
+"""Layers of at most this size stay in memory once they have been read."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,9 @@ class ActivationStore:
                 )
         self.start: NDArray[np.int64] = self.group["start"][:]
         self.held_out: NDArray[np.bool_] = self.group["held_out"][:]
-        self.layers = sorted(int(name) for name in self.group["layer"].group_keys())
+        self._acts = {int(name): self.group[f"layer/{name}/acts"] for name in self.group["layer"].group_keys()}
+        self._plain = all(shards.are_plain(array) for array in self._acts.values())
+        self.layers = sorted(self._acts)
         for layer in self.layers:
             for shard in self.shards(layer):
                 first, stop = shard["rows"]
@@ -103,7 +109,7 @@ class ActivationStore:
         """
         if layer not in self.layers:
             raise RlsaeError(f"layer {layer} is not in this store; it holds {self.layers}")
-        return self.group[f"layer/{layer}/acts"]
+        return self._acts[layer]
 
     def shards(self, layer: int) -> list[dict[str, Any]]:
         """`rows` [first, stop], `bytes` and `digest` of each file of a layer."""
@@ -115,10 +121,30 @@ class ActivationStore:
         Raises:
             RlsaeError: a checksum does not hold: names layer and rows.
         """
+        array, stop = self.acts(layer), min(stop, self.rows)
+        size = array.chunks[0]
+        rows_ND = np.empty((max(0, stop - first), array.shape[1]), array.dtype)
+        for chunk in range(first // size, -(-stop // size)):
+            low, high = max(first, chunk * size), min(stop, (chunk + 1) * size)
+            self.read_chunk(layer, chunk, rows_ND[low - first : high - first], low - chunk * size)
+        return rows_ND
+
+    def read_chunk(self, layer: int, chunk: int, out_ND: NDArray[Any], skipped: int = 0) -> None:
+        """Fill `out_ND` with rows of one chunk, but for the first `skipped` of it."""
+        array = self.acts(layer)
+        size, per_shard = array.chunks[0], array.shards[0] // array.chunks[0]
+        first = chunk * size + skipped
         try:
-            return np.asarray(self.acts(layer)[first:stop])
+            if not self._plain:
+                out_ND[:] = array[first : first + len(out_ND)]
+                return
+            file = shard_file(self.path, array, layer, first)
+            whole_ND = out_ND if len(out_ND) == size else np.empty((size, array.shape[1]), array.dtype)
+            shards.read_chunk(file, chunk % per_shard, per_shard, whole_ND)
         except (ValueError, RuntimeError, OSError) as error:
-            raise self._damaged(layer, first, min(stop, self.rows), str(error)) from None
+            raise self._damaged(layer, first, first + len(out_ND), str(error)) from None
+        if whole_ND is not out_ND:
+            out_ND[:] = whole_ND[skipped : skipped + len(out_ND)]
 
     def _damaged(self, layer: int, first: int, stop: int, why: str) -> RlsaeError:
         return RlsaeError(
@@ -172,30 +198,43 @@ class RowOrder:
             )
 
     def batches(self, from_step: int = 0) -> Iterator[NDArray[Any]]:
-        """Rows acts_BD of each step, in the store's dtype; `from_step` skips without reading."""
+        """Rows acts_BD of each step, in the store's dtype, until the next step; `from_step` skips without reading."""
         step = 0
-        window_ND = np.empty((min(WINDOW_CHUNKS * self.chunk_rows, self.shape[0] + self.chunk_rows), self.shape[1]), self.dtype)
+        # Buffers that are reused: the first touch of new memory costs as much as the copy.
+        batch_BD = np.empty((self.batch_rows, self.shape[1]), self.dtype)
+        chunks = -(-self.shape[0] // self.chunk_rows)
+        resident = math.prod(self.shape) * self.dtype.itemsize <= RESIDENT_BYTES
+        held = chunks if resident else min(WINDOW_CHUNKS, chunks)
+        rows_ND = np.empty((held * self.chunk_rows, self.shape[1]), self.dtype)
+        places: dict[int, int] = {}
         with ThreadPoolExecutor(READERS) as readers:
             for number, (_, window, batches) in enumerate(self.windows):
                 if step + batches <= from_step:
                     step += batches
                     continue
-                rows = self._read(window, window_ND, readers)
+                if not resident:
+                    places.clear()
+                rows = self._load(np.sort(window).tolist(), rows_ND, places, readers)
                 order = rows[np.random.default_rng([self.seed, number, 1]).permutation(len(rows))]
                 for batch in range(max(0, from_step - step), batches):
-                    yield window_ND.take(order[batch * self.batch_rows : (batch + 1) * self.batch_rows], axis=0)
+                    rows_B = order[batch * self.batch_rows : (batch + 1) * self.batch_rows]
+                    yield rows_ND.take(rows_B, axis=0, out=batch_BD, mode="clip")  # "raise" would copy once more
                 step += batches
 
-    def _read(self, window: NDArray[np.int64], window_ND: NDArray[Any], readers: ThreadPoolExecutor) -> NDArray[np.int64]:
-        """Fill `window_ND` with some chunks, one after the other; returns where its training rows stand."""
+    def _load(
+        self, window: list[int], rows_ND: NDArray[Any], places: dict[int, int], readers: ThreadPoolExecutor
+    ) -> NDArray[np.int64]:
+        """Read the chunks that have no place in memory yet; returns where the window's training rows stand."""
+        new = [chunk for chunk in window if chunk not in places]
+        places |= {chunk: len(places) + number for number, chunk in enumerate(new)}
 
-        def read(place: int, chunk: int) -> NDArray[np.int64]:
-            first, stop = chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, len(self.train))
-            target = place * self.chunk_rows
-            window_ND[target : target + stop - first] = self.store.read(self.layer, first, stop)
-            return target + np.flatnonzero(self.train[first:stop])
+        def read(chunk: int) -> None:
+            rows = min(self.chunk_rows, self.shape[0] - chunk * self.chunk_rows)
+            self.store.read_chunk(self.layer, chunk, rows_ND[places[chunk] * self.chunk_rows :][:rows])
 
-        return np.concatenate(list(readers.map(read, range(len(window)), np.sort(window).tolist())))
+        list(readers.map(read, new))
+        train = [np.flatnonzero(self.train[chunk * self.chunk_rows :][: self.chunk_rows]) for chunk in window]
+        return np.concatenate([places[chunk] * self.chunk_rows + rows for chunk, rows in zip(window, train, strict=True)])
 
 
 def shard_file(path: Path, array: zarr.Array, layer: int, first: int) -> Path:
@@ -270,19 +309,39 @@ def compressor(codec: str | None, itemsize: int) -> list[dict[str, Any]]:
 
 
 def write_shard(path: Path, array: zarr.Array, layer: int, first: int, acts_ND: NDArray[Any]) -> dict[str, Any]:
-    """Write the shard of a layer that starts at row `first`; returns its `rows`, `bytes`, `digest`, `sum` and `squares`."""
+    """Write the shard of a layer that starts at row `first`; returns its `rows`, `bytes`, `sum` and `squares`.
+
+    Raises:
+        RlsaeError: a value is not finite: NaN or infinity in the model, or more than float16 can hold.
+    """
+    with np.errstate(invalid="ignore"):
+        total, squares = sums(acts_ND)
+    if not np.isfinite(squares).all():
+        raise not_finite(acts_ND, layer, first)
     file = shard_file(path, array, layer, first)
     # zarr reads a shard before it writes it, and leaves its temporary file behind when it is killed.
     shutil.rmtree(file.parent, ignore_errors=True)
-    array.with_config(WHOLE)[first : first + len(acts_ND)] = acts_ND
-    total, squares = sums(acts_ND)
+    if shards.are_plain(array):
+        shards.write(file, acts_ND, array.chunks[0], array.shards[0] // array.chunks[0])
+    else:
+        array.with_config(WHOLE)[first : first + len(acts_ND)] = acts_ND
     return {
         "rows": [first, first + len(acts_ND)],
         "bytes": file.stat().st_size,
-        "digest": digest(file),
         "sum": total.tolist(),
         "squares": squares.tolist(),
     }
+
+
+def not_finite(acts_ND: NDArray[Any], layer: int, first: int) -> RlsaeError:
+    """Says which row holds what cannot be stored, and what to do."""
+    row = first + int(np.flatnonzero(~np.isfinite(acts_ND).all(1))[0])
+    if acts_ND.dtype == np.float16 and not np.isnan(acts_ND).any():
+        limit = f"{np.finfo(acts_ND.dtype).max:,.0f}"
+        why = f"a value beyond {limit} or an infinite one does not fit float16; set `dtype: float32` in its activation"
+    else:
+        why = "the model put out values that are not finite; check its weights"
+    return RlsaeError(f"layer {layer}, row {row}: {why}")
 
 
 def sums(acts_ND: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -295,14 +354,41 @@ def sums(acts_ND: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64
     return total, squares
 
 
-def finish(path: Path, layer: int, shards: Sequence[dict[str, Any]]) -> None:
+def is_whole(path: Path, array: zarr.Array, layer: int, written: dict[str, Any]) -> bool:
+    """Whether a shard is as it was written: its size, and the checksum of every chunk."""
+    first, stop = written["rows"]
+    file, rows = shard_file(path, array, layer, first), array.chunks[0]
+    if not file.exists() or file.stat().st_size != written["bytes"]:
+        return False
+    try:
+        if not shards.are_plain(array):
+            array[first:stop]
+            return True
+        chunk_ND = np.empty((rows, array.shape[1]), array.dtype)
+        for number in range(-(-(stop - first) // rows)):
+            shards.read_chunk(file, number, array.shards[0] // rows, chunk_ND)
+    except (ValueError, RuntimeError, OSError):
+        return False
+    return True
+
+
+def finish(path: Path, layer: int, written: Sequence[dict[str, Any]]) -> dict[Path, str]:
     """Add a layer's statistics and the facts of its shards.
 
     Args:
-        shards: `rows`, `bytes`, `digest`, `sum` and `squares` of each.
+        written: `rows`, `bytes`, `sum` and `squares` of each shard.
+
+    Returns:
+        The digest of each shard's file.
     """
     group = zarr.open_group(path, mode="a")[f"layer/{layer}"]
-    rows = shards[-1]["rows"][1]
-    write_vector(group, "mean", np.sum([shard["sum"] for shard in shards], 0) / rows, "channel")
-    write_vector(group, "second_moment", np.sum([shard["squares"] for shard in shards], 0) / rows, "channel")
-    group.attrs["shards"] = [{key: shard[key] for key in ("rows", "bytes", "digest")} for shard in shards]
+    rows = written[-1]["rows"][1]
+    write_vector(group, "mean", np.sum([shard["sum"] for shard in written], 0) / rows, "channel")
+    write_vector(group, "second_moment", np.sum([shard["squares"] for shard in written], 0) / rows, "channel")
+    files = [shard_file(path, group["acts"], layer, shard["rows"][0]) for shard in written]
+    digests = {file: digest(file) for file in files}
+    group.attrs["shards"] = [
+        {"rows": shard["rows"], "bytes": shard["bytes"], "digest": digests[file]}
+        for shard, file in zip(written, files, strict=True)
+    ]
+    return digests

@@ -12,12 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from rlsae.activations.store import ActivationStore
+from rlsae.activations.store import ActivationStore, RowOrder
 from rlsae.artifacts import Manifest, artifact_id
 from rlsae.compute import device
 from rlsae.config import Dictionary
@@ -114,7 +113,7 @@ def train(
     warmup, decay = round(entry.warmup_share * order.steps), round(entry.decay_share * order.steps)
     every = max(1, order.steps // CURVE_POINTS)
     progress = Progress("dictionary", order.steps * entry.batch_rows, "rows", done=done * entry.batch_rows)
-    for step, acts_BD in enumerate(_normalised(order.batches(done), mean_D, scale, where), start=done):
+    for step, acts_BD in enumerate(_normalised(order, done, mean_D, scale, where), start=done):
         factor = warmup_hold_decay(step, warmup, decay, order.steps)
         for seed, member in members.items():
             figures = member.backward(acts_BD)
@@ -156,9 +155,11 @@ def centre_and_scale(store: ActivationStore, layer: int, normalize: bool, where:
     return torch.from_numpy(mean_D).float().to(where), 1 / math.sqrt(variance)
 
 
-def _normalised(batches: Iterator[np.ndarray], mean_D: Tensor, scale: float, where: torch.device) -> Iterator[Tensor]:
-    for batch in batches:
-        yield torch.from_numpy(batch).to(where, torch.float32).sub_(mean_D).mul_(scale)
+def _normalised(order: RowOrder, from_step: int, mean_D: Tensor, scale: float, where: torch.device) -> Iterator[Tensor]:
+    """Centred and scaled rows of each step in float32, in one buffer that the next step overwrites."""
+    acts_BD = torch.empty(order.batch_rows, order.shape[1], device=where)
+    for batch_BD in order.batches(from_step):
+        yield acts_BD.copy_(torch.from_numpy(batch_BD)).sub_(mean_D).mul_(scale)
 
 
 def _adam(parameters: dict[str, Tensor], learning_rate: float) -> torch.optim.Optimizer:

@@ -454,7 +454,7 @@ def faulty(random_model, tokenizer, tokens, tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_a_value_beyond_float16_is_refused_with_its_layer_and_the_remedy(faulty):
-    with pytest.raises(RlsaeError, match=r"layer 1: a value of 1e\+05 does not fit float16; set `dtype: float32`"):
+    with pytest.raises(RlsaeError, match=r"layer 1, row 0: a value beyond 65,504 .*; set `dtype: float32`"):
         faulty(1e5).part(0)
 
 
@@ -468,11 +468,16 @@ def test_the_largest_values_of_float16_are_stored(faulty):
     assert np.isfinite(rows_of(out, 1)).all()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("value", "dtype"), [("nan", "float16"), ("nan", "float32"), ("inf", "float32"), ("-inf", "float32")])
 def test_values_that_are_not_finite_are_refused_with_their_layer(faulty, value, dtype):
-    with pytest.raises(RlsaeError, match="layer 1: the model put out values that are not finite; check its weights"):
-        faulty(value, dtype=dtype).part(0)
+    with pytest.raises(RlsaeError, match="layer 1, row 0: the model put out values that are not finite; check its weights"):
+        faulty(float(value), dtype=dtype).part(0)
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf"])
+def test_in_float16_an_infinite_value_is_told_as_one_that_does_not_fit(faulty, value):
+    with pytest.raises(RlsaeError, match="layer 1, row 0: a value beyond 65,504 or an infinite one does not fit float16"):
+        faulty(float(value)).part(0)
 
 
 def test_a_part_that_was_refused_is_not_stamped_and_not_published(faulty):

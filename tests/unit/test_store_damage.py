@@ -82,11 +82,15 @@ def flip(path, place):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("place", [5, CHUNK_ROWS * 16 + 30, -10], ids=["first chunk", "second chunk", "index"])
-def test_a_flipped_bit_is_refused_where_it_is_read_with_layer_and_rows(artifact, place):
+@pytest.mark.parametrize(
+    ("place", "rows"),
+    [(5, "64 to 71"), (CHUNK_ROWS * 16 + 30, "72 to 79"), (-10, "64 to 71")],
+    ids=["first chunk", "second chunk", "index"],
+)
+def test_a_flipped_bit_is_refused_where_it_is_read_with_layer_and_rows(artifact, place, rows):
     flip(shard(artifact, 3, 2), place)
     store = ActivationStore(artifact)
-    with pytest.raises(RlsaeError, match=r"layer 3, rows 64 to 95 of .* are damaged: .*checksum"):
+    with pytest.raises(RlsaeError, match=rf"layer 3, rows {rows} of .* are damaged: .*checksum"):
         store.read(3, 64, 96)
     assert store.read(0, 64, 96).shape == (32, 4)
     assert np.array_equal(store.read(3, 32, 64), -store.read(0, 32, 64))
