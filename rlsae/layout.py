@@ -126,6 +126,13 @@ class Layout:
     def interpretation_settings(self, study: str) -> dict[str, Any]:
         return self.config.studies[study].interpretation.settings()
 
+    def checkpoints(self, study: str) -> dict[int, str]:
+        """The policies on the way to the one that is studied, by step; none where that is itself a checkpoint."""
+        entry = self.config.studies[study]
+        if "@" in entry.tuning:
+            return {}
+        return {step: f"{entry.tuned}@{step}" for step in self.config.tunings[entry.tuning].checkpoint_steps()}
+
     # --- layers ---------------------------------------------------------------------------------------------------
 
     def parts(self, activation: str, kind: str) -> int:
@@ -203,11 +210,13 @@ class Layout:
         yield Artifact("policies", tuned, self.policy_settings(tuning), [base, prompts.folder], files)
         yield Artifact("tokens", tokens, self.token_settings(entry.corpus), [base, texts.folder])
         surveys = [self._activations(entry, policy, SURVEY, tokens) for policy in policies]
+        surveys += [self._activations(entry, policy, SURVEY, tokens) for policy in self.checkpoints(study).values()]
         yield from surveys
         divergence, source = RESULTS / "divergence" / study, self.layer_source(study)
-        inputs = [base, tuned, *(survey.folder for survey in surveys)]
+        inputs = [base, tuned, tokens, prompts.folder, *(survey.folder for survey in surveys)]
         inputs += [RESULTS / "divergence" / source] if source != study else []
-        yield Artifact("divergence", divergence, self.divergence_settings(study), inputs)
+        files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
+        yield Artifact("divergence", divergence, self.divergence_settings(study), inputs, files)
         layers = self.chosen_layers(study)
         if layers is None:
             return

@@ -16,3 +16,9 @@ def bootstrap_ci95(values: NDArray[np.floating], seed: int = 0) -> list[float]:
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
     return [float(q) for q in np.quantile(means, [0.025, 0.975])]
+
+
+def bootstrap_weights(units: int, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:
+    """How often each of `units` units is drawn in each bootstrap resample [resample, unit]: for sums over units."""
+    draws = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=resamples)
+    return draws.astype(np.float64)

@@ -168,21 +168,27 @@ def divergence(
     tuned_weights: Folder,
     survey_base: Folder,
     survey_tuned: Folder,
+    tokens: Folder,
+    corpus: Annotated[Path, typer.Option(help="Corpus artifact of the tuning's prompts.")],
     out: Out,
-    work: Work = None,
+    checkpoint: Annotated[list[str] | None, typer.Option(help="STEP=FOLDER of a checkpoint's survey, repeated.")] = None,
+    reward_file: MaybeFile = None,
     same_as: MaybeFile = None,
+    work: Work = None,
+    threads: Threads = None,
 ) -> None:
     """Measure how far each layer moved and choose layers.
 
     Example: rlsae divergence --settings '{"layers": [2, 3]}' --base results/models/tiny --tuned results/policies/tiny.ppo
     --base-weights results/models/tiny/model --tuned-weights results/policies/tiny.ppo/model --survey-base ...
-    --survey-tuned ... --out results/divergence/demo
+    --survey-tuned ... --tokens results/tokens/tiny.reviews --corpus results/corpora/reviews --out results/divergence/demo
     """
-    from rlsae.divergence import build_divergence
+    configure(threads)
+    from rlsae.divergence.stage import Policy, build_divergence
 
-    build_divergence(
-        read_json(settings, "layers"), out, work, base, tuned, base_weights, tuned_weights, survey_base, survey_tuned, same_as
-    )
+    surveys = {int(step): folder for step, folder in pairs(checkpoint or []).items()}
+    both = Policy(base, base_weights, survey_base), Policy(tuned, tuned_weights, survey_tuned)
+    build_divergence(read_json(settings, "layers"), out, work, *both, surveys, tokens, corpus, reward_file, same_as)
 
 
 @app.command()

@@ -63,12 +63,28 @@ class Dictionary(Entry):
         return seeds
 
 
+Measure = Literal[
+    "weight_l2_sum",
+    "weight_l2",
+    "weight_l2_relative",
+    "activation_l2_relative",
+    "activation_cosine",
+    "activation_cka",
+    "activation_mean_shift",
+    "activation_residual_shift",
+    "activation_covariance_shift",
+    "kl_swap_in",
+    "kl_swap_out",
+    "reward_swap_in",
+    "reward_swap_out",
+]
+"""How far a layer moved; docs/divergence.md says what each can tell."""
+
+
 class Choice(Entry):
     """Layers chosen by rank or position."""
 
-    by: Literal["weight_l2_sum", "weight_l2_relative", "activation_l2_relative"] = Field(
-        "weight_l2_sum", description="Measure of divergence; weight_l2_sum is the paper's."
-    )
+    by: Measure = Field("weight_l2_sum", description="Measure of divergence; weight_l2_sum is the paper's.")
     order: Literal["highest", "lowest", "first", "last"] = Field("highest", description="Which end of the ranking.")
     count: Positive = Field(2, description="Number of layers.")
 

@@ -9,8 +9,9 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from rlsae.divergence.figures import TITLES, charts, further_charts
 from rlsae.report import figures, findings, formatting
-from rlsae.report.content import chain, latents, qualities, records, shifts, tuning_metrics, well_explained
+from rlsae.report.content import chain, families, latents, qualities, records, shifts, tuning_metrics, well_explained
 from rlsae.report.study import Study
 from rlsae.resumable import Stage
 from rlsae.status import BANNER, write_banner
@@ -72,9 +73,13 @@ def index(study: Study, digests: dict[str, str]) -> str:
             pd.read_parquet(study.tuned / "history.parquet"), tuned.parameters["tuning"].get("kl_target")
         ),
         samples=records(pd.read_parquet(study.tuned / "samples.parquet").head(SAMPLES)),
-        measures={measure: figures.MEASURES.get(measure, measure) for measure in layers.measure.unique()},
+        titles=TITLES,
+        families=families(layers),
         shifts=shifts(layers, chosen["layers"]),
-        divergence_bars=figures.divergence_bars(layers, chosen["layers"]),
+        divergence_charts=charts(layers, chosen["layers"]),
+        further_charts=further_charts(
+            pd.read_parquet(study.divergence / "steps.parquet"), pd.read_csv(study.divergence / "agreement.tsv", sep="\t")
+        ),
         qualities=qualities(study),
         training_curves=figures.training_curves(curves),
         cosines=records(study.aggregates),

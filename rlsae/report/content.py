@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from rlsae.artifacts import Manifest, stored_bytes
+from rlsae.divergence.figures import FAMILIES, whole_layers
 from rlsae.report.formatting import listing, number, visible
 from rlsae.report.study import KEY, Study
 
@@ -177,11 +178,18 @@ def tuning_metrics(metrics: dict[str, Any]) -> Iterator[Metric]:
 
 
 def shifts(layers: pd.DataFrame, chosen: list[int]) -> list[Shift]:
-    """The rows of the divergence table."""
+    """The rows of the divergence table: whole layers."""
+    whole = whole_layers(layers)
     return [
-        Shift(layer, layer in chosen, {row["measure"]: row for row in records(layers[layers.layer == layer])})
-        for layer in sorted(layers.layer.unique().tolist())
+        Shift(layer, layer in chosen, {row["measure"]: row for row in records(whole[whole.layer == layer])})
+        for layer in sorted(whole.layer.unique().tolist())
     ]
+
+
+def families(layers: pd.DataFrame) -> dict[str, list[str]]:
+    """The measures of each family, in the order of the table."""
+    measures = layers.measure.unique().tolist()
+    return {family: [m for m in measures if m.startswith(beginning)] for family, beginning in FAMILIES.items()}
 
 
 def qualities(study: Study) -> list[Quality]:

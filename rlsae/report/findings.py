@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pandas as pd
 
-from rlsae.report.figures import MEASURES
+from rlsae.divergence.figures import TITLES
 from rlsae.report.formatting import MISSING, alike, interval, listing, number, percent, spread
 
 
@@ -68,14 +69,13 @@ def preference_sentence(metrics: dict[str, Any]) -> str:
 def layers_sentence(chosen: dict[str, Any], count: int) -> str:
     """Which layers were looked into, why, and how stable that choice is."""
     layers = chosen["layers"]
-    why = chosen["why"]
-    for measure, title in MEASURES.items():
-        why = why.replace(measure, title[0].lower() + title[1:])
+    named = {measure: title[0].lower() + title[1:] for measure, title in TITLES.items()}
+    why = re.sub(r"\w+", lambda word: named.get(word[0], word[0]), chosen["why"])
     subject, verb = ("Layers", "are") if len(layers) > 1 else ("Layer", "is")
     text = f"{subject} {listing(layers)} of the model's {count} {verb} looked into: {why}."
     if chosen["stability"]:
         shares = listing(f"layer {layer} in {percent(share)}" for layer, share in chosen["stability"].items())
-        text += f" In bootstrap resamples of the documents, the same rule chooses {shares}."
+        text += f" In bootstrap resamples, the same rule chooses {shares}."
     return text
 
 

@@ -35,11 +35,11 @@ def write_policy(folder, model, tokenizer):
     return finish(folder, "models")
 
 
-def tiny_model(family, layers=3):
+def tiny_model(family, layers=3, vocabulary=64):
     """A random model without a tokenizer: width 16, some layers."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "max_position_embeddings": 32}
-    config = AutoConfig.for_model(family, vocab_size=64, bos_token_id=0, eos_token_id=0, **sizes)
+    config = AutoConfig.for_model(family, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **sizes)
     if hasattr(config, "intermediate_size"):
         config.intermediate_size = 24
     return AutoModelForCausalLM.from_config(config).eval()
@@ -61,7 +61,7 @@ def tokens_of(documents, held_out=None, drop_positions=0):
 def write_tokens(folder, tokens):
     """A tokens artifact with these tokens."""
     attributes = {"schema": 1, "drop_positions": tokens.drop_positions, "largest": int(tokens.token.max())}
-    group = zarr.create_group(folder / token_store.STORE, attributes=attributes)
+    group = zarr.create_group(folder / token_store.STORE, attributes=attributes, overwrite=True)
     write_vector(group, "token", tokens.token, "token")
     write_vector(group, "start", tokens.start, "document_edge")
     write_vector(group, "document", np.arange(len(tokens.held_out), dtype=np.int32), "document")

@@ -16,6 +16,7 @@ import pytest
 import torch
 import typer
 from small_artifacts import finish, write_policy
+from small_tunings import entry
 from typer.testing import CliRunner
 
 from rlsae import cli
@@ -326,6 +327,8 @@ def results(random_model, tokenizer, tmp_path):
         tuned.get_submodule("gpt_neox.layers.1.mlp.dense_4h_to_h").weight.mul_(1.5)
     write_policy(tmp_path / "results/models/tiny", base, tokenizer)
     write_policy(tmp_path / "results/policies/tiny.ppo", tuned, tokenizer)
+    recipe = {"tuning": entry().settings(), "reward": {"kind": "lexicon"}}
+    finish(tmp_path / "results/policies/tiny.ppo", "policies", parameters=recipe)
     return tmp_path / "results"
 
 
@@ -360,6 +363,7 @@ def test_the_stages_behind_a_tuning_run_one_by_one_from_the_command_line(rlsae, 
     options += [f"--{role}-weights={folder / 'model'}" for role, folder in policies.items()]
     options += [f"--survey-{role}={folder}" for role, folder in stores.items()]
     settings = '{"layers": {"by": "weight_l2_sum", "order": "highest", "count": 1}}'
+    options += ["--tokens", tokens, "--corpus", corpus, "--threads", 1]
     succeed(rlsae, "divergence", "--settings", settings, *options, "--out", results / "divergence/main")
     assert Manifest.read(results / "divergence/main").metrics["chosen_layers"] == [1]
 

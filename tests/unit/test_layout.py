@@ -210,6 +210,16 @@ def test_the_artifacts_of_a_study_follow_the_chain_up_to_a_choice_that_is_not_ma
     ]
 
 
+def test_the_surveys_of_the_checkpoints_are_what_the_divergence_is_made_from(raw):
+    raw["tunings"]["ppo"] |= {"batches": 9, "checkpoints": 2}
+    raw["studies"]["of-a-checkpoint"] = raw["studies"]["main"] | {"tuning": "ppo@3"}
+    for study, steps in (("main", [3, 6]), ("of-a-checkpoint", [])):
+        (divergence,) = (artifact for artifact in layout(raw).artifacts(study) if artifact.stage == "divergence")
+        found = [str(folder) for folder in divergence.inputs if "@" in str(folder)]
+        own = ["results/activations/tiny.ppo@3.reviews/mlp/survey"] if study == "of-a-checkpoint" else []
+        assert found == own + [f"results/activations/tiny.ppo@{step}.reviews/mlp/survey" for step in steps]
+
+
 def test_every_policy_layer_and_recipe_has_its_dictionaries(raw):
     raw["studies"]["main"]["layers"] = [1, 3]
     found = [artifact for artifact in layout(raw).artifacts("main") if artifact.stage == "dictionaries"]
@@ -257,6 +267,7 @@ def test_an_artifact_names_the_files_outside_the_results_that_it_is_made_from(ra
         "corpora": {"source": Path("/data/reviews.txt")},
         "models": {"model": tmp_path},
         "policies": {"reward": Path("/data/words.tsv")},
+        "divergence": {"reward": Path("/data/words.tsv")},
     }
 
 

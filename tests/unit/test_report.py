@@ -16,6 +16,7 @@ from rlsae.report.build import build_report
 from rlsae.report.findings import reward_sentence
 from rlsae.report.formatting import interval, listing, number, percent, quoted, size, spread
 
+MEASURES = ("weight_l2_sum", "activation_l2_relative", "kl_swap_out", "reward_swap_out")
 EVIL = "<script>alert('x')</script> & \"quoted\""
 PPO = {
     "evaluation_prompts": 512,
@@ -70,6 +71,11 @@ def report(tmp_path_factory):
         history = {c: [0.1, 0.2, 0.3] for c in ("reward", "kl", "kl_coefficient", "entropy", "response_length")}
         samples = [{"prompt": evil, "response_base": evil, "reward_base": 0.5, "response_tuned": evil, "reward_tuned": 2.0}]
         measured = {"value": [1.0, 2.0], "ci_low": [np.nan, 1.9], "ci_high": [np.nan, 2.1], "rank": [2, 1]}
+        layers = [
+            {"layer": n, "measure": measure, "component": component, **{k: v[n] for k, v in measured.items()}}
+            for measure, component in zip(MEASURES, ("layer", "mlp", "layer", "layer"), strict=True)
+            for n in (0, 1)
+        ]
         keys = [
             {"role": role, "layer": 1, "dictionary": "small", "seed": 0, "latent": i}
             for role in ("base", "tuned")
@@ -109,11 +115,12 @@ def report(tmp_path_factory):
             {"chosen_layers": [1]},
             {},
             {
-                "layers.parquet": [
-                    {"layer": n, "measure": "weight_l2_sum", **{k: v[n] for k, v in measured.items()}} for n in (0, 1)
-                ]
+                "layers.parquet": layers,
+                "steps.parquet": [{"step": 3, **row} for row in layers],
             },
         )
+        taus = [{"measure": a, "other": b, "kendall_tau": 1.0} for a in MEASURES for b in MEASURES]
+        pd.DataFrame(taus).to_csv(divergence / "agreement.tsv", sep="\t", index=False)
         chosen = {"layers": [1], "why": "highest weight_l2_sum", "stability": {"1": 0.97}}
         (divergence / "chosen.json").write_text(json.dumps(chosen))
         folder = results / "reports" / out

@@ -155,18 +155,28 @@ def store_options(wildcards):
 def corpora_of(study):
     entry = CONFIG.studies[study]
     model = CONFIG.models[entry.model]
-    names = [entry.corpus, CONFIG.tunings[entry.tuning.split("@")[0]].corpus]
+    names = [entry.corpus, prompts_of(study)]
     return {*names, model.corpus} if isinstance(model, PretrainedModel) else set(names)
 
 
-def base_and_tuned_files(study, kind):
+def surveyed(study):
+    """The policies whose layers are measured: base, tuned, and the checkpoints between."""
+    return [*roles(study).values(), *LAYOUT.checkpoints(study).values()]
+
+
+def survey_files(study):
+    return [file for policy in surveyed(study) for file in activation_files(policy, study, SURVEY)]
+
+
+def training_files(study):
+    kind = kind_of(layers_of_study(study))
     return [file for policy in roles(study).values() for file in activation_files(policy, study, kind)]
 
 
-def kept_activations(study, kind):
+def kept(study, files):
     """Manifests, and stores but for those that may go once they have been used."""
     keep = CONFIG.activations[CONFIG.studies[study].activation].keep
-    return [file for file in base_and_tuned_files(study, kind) if keep or Path(file).name != "store"]
+    return [file for file in files if keep or Path(file).name != "store"]
 
 
 STAGES = {
@@ -175,12 +185,12 @@ STAGES = {
     "policies": lambda study: policy_files(CONFIG.studies[study].tuned)
     + policy_files(CONFIG.studies[study].tuned.split("@")[0]),
     "tokens": lambda study: token_files(CONFIG.studies[study].model, CONFIG.studies[study].corpus),
-    "survey": lambda study: kept_activations(study, SURVEY),
+    "survey": lambda study: kept(study, survey_files(study)),
     "divergence": lambda study: [
         f"results/divergence/{study}/manifest.json",
         f"results/divergence/{study}/chosen.json",
     ],
-    "activations": lambda study: kept_activations(study, kind_of(layers_of_study(study))),
+    "activations": lambda study: kept(study, training_files(study)),
     "dictionaries": dictionary_files,
     "comparison": lambda study: [f"results/comparison/{study}/manifest.json"],
     "interpretation": lambda study: [f"results/interpretation/{study}/manifest.json"],
@@ -271,6 +281,31 @@ def tokens_of_policy(wildcards):
 def same_as(study):
     source = LAYOUT.layer_source(study)
     return f"results/divergence/{source}" if source != study else None
+
+
+def tuning_of_study(study):
+    return CONFIG.tunings[CONFIG.studies[study].tuning.split("@")[0]]
+
+
+def prompts_of(study):
+    return tuning_of_study(study).corpus
+
+
+def reward_of_study(study):
+    return CONFIG.rewards[tuning_of_study(study).reward]
+
+
+def divergence_sample(wildcards):
+    entry = CONFIG.studies[wildcards.study]
+    folders = {"tokens": f"results/tokens/{entry.model}.{entry.corpus}"}
+    folders |= {"corpus": f"results/corpora/{prompts_of(wildcards.study)}"}
+    folders |= {"reward-file": getattr(reward_of_study(wildcards.study), "path", None)}
+    return " ".join(option(name, folder) for name, folder in folders.items())
+
+
+def divergence_checkpoints(wildcards):
+    checkpoints = LAYOUT.checkpoints(wildcards.study)
+    return named("checkpoint", {s: activation_folder(p, wildcards.study, SURVEY) for s, p in checkpoints.items()})
 
 
 def divergence_option(role):

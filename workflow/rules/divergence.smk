@@ -4,8 +4,11 @@
 
 checkpoint rank_layers:
     input:
-        policies=lambda wildcards: [file for policy in roles(wildcards.study).values() for file in policy_files(policy)],
-        surveys=lambda wildcards: base_and_tuned_files(wildcards.study, SURVEY),
+        policies=lambda wildcards: [file for policy in surveyed(wildcards.study) for file in policy_files(policy)],
+        surveys=lambda wildcards: survey_files(wildcards.study),
+        tokens=lambda wildcards: token_files(CONFIG.studies[wildcards.study].model, CONFIG.studies[wildcards.study].corpus),
+        corpus=lambda wildcards: corpus_files(prompts_of(wildcards.study)),
+        reward=lambda wildcards: source_files(reward_of_study(wildcards.study)),
         same_as=lambda wildcards: (f"{same_as(wildcards.study)}/manifest.json" if same_as(wildcards.study) else []),
     output:
         layers="results/divergence/{study}/layers.parquet",
@@ -15,6 +18,16 @@ checkpoint rank_layers:
             caption="../report/divergence.rst",
             labels={"study": "{study}"},
         ),
+        steps="results/divergence/{study}/steps.parquet",
+        steps_table="results/divergence/{study}/steps.tsv",
+        agreement="results/divergence/{study}/agreement.tsv",
+        figures=report(
+            directory("results/divergence/{study}/figures"),
+            patterns=["{figure}.svg"],
+            category="Layers",
+            caption="../report/divergence_figures.rst",
+            labels={"study": "{study}", "figure": "{figure}"},
+        ),
         chosen="results/divergence/{study}/chosen.json",
         manifest=ensure("results/divergence/{study}/manifest.json", non_empty=True),
     log:
@@ -23,16 +36,19 @@ checkpoint rank_layers:
         "benchmarks/divergence/{study}.tsv"
     conda:
         "../../envs/rlsae.yaml"
-    threads: 1
+    threads: 2
     resources:
         mem_mb=8000,
-        runtime=120,
+        runtime=240,
     params:
         settings=settings(LAYOUT.divergence_settings, "study"),
         code=code_digest("divergence"),
         base=divergence_option("base"),
         tuned=divergence_option("tuned"),
+        sample=divergence_sample,
+        checkpoints=divergence_checkpoints,
         same_as=lambda wildcards: option("same-as", same_as(wildcards.study)),
     shell:
-        "python -m rlsae divergence --settings {params.settings:q} {params.base} {params.tuned} {params.same_as}"
+        "python -m rlsae divergence --settings {params.settings:q} {params.base} {params.tuned} {params.sample}"
+        " {params.checkpoints} {params.same_as} --threads {threads}"
         " --out results/divergence/{wildcards.study} --work results/.work/divergence/{wildcards.study} >> {log} 2>&1"
