@@ -47,17 +47,22 @@ def activation_divergence(base: ActivationStore, tuned: ActivationStore) -> list
     documents = len(base.start) - 1
     groups, coarse = min(GROUPS, documents), min(COARSE, documents)
     weights_RG, weights_RK = bootstrap_weights(groups), bootstrap_weights(coarse, COARSE_RESAMPLES)
-    values: dict[str, list[float]] = {}
-    resampled: dict[str, list[list[float]]] = {}
-    for layer in base.layers:
-        for sums, weights in zip(sums_of_layer(base, tuned, layer, groups, coarse), (weights_RG, weights_RK), strict=True):
-            draws = [sums.measures(w) for w in weights]
-            for measure, value in sums.measures(np.ones(weights.shape[1])).items():
-                values.setdefault(measure, []).append(value)
-                resampled.setdefault(measure, []).append([draw[measure] for draw in draws])
-        del sums  # before the next layer's are made
+    layers = [measures_of_layer(base, tuned, layer, weights_RG, weights_RK) for layer in base.layers]
     hook = str(base.group.attrs["hook"])
-    return [Measured(measure, hook, np.array(values[measure]), np.array(resampled[measure]).T) for measure in values]
+    draws = {measure: np.stack([found[measure] for found in layers], 1) for measure in layers[0]}
+    return [Measured(measure, hook, values[0], values[1:]) for measure, values in draws.items()]
+
+
+def measures_of_layer(
+    base: ActivationStore, tuned: ActivationStore, layer: int, weights_RG: Array, weights_RK: Array
+) -> dict[str, Array]:
+    """Each measure of one layer: its value, then its values in the resamples."""
+    shifts, moments = sums_of_layer(base, tuned, layer, weights_RG.shape[1], weights_RK.shape[1])
+    found: dict[str, Array] = {}
+    for measures, weights in ((shifts.measures, weights_RG), (moments.measures, weights_RK)):
+        draws = [measures(w) for w in (np.ones(weights.shape[1]), *weights)]
+        found |= {measure: np.array([draw[measure] for draw in draws]) for measure in draws[0]}
+    return found
 
 
 def sums_of_layer(
