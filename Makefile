@@ -34,6 +34,7 @@ benchmarks: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.extraction
 	$(BIN)/python -m tests.benchmarks.supply
 	$(BIN)/python -m tests.benchmarks.dump_memory
+	$(BIN)/python -m tests.benchmarks.divergence
 
 # torch first and alone: the CPU build, which the rest must not replace.
 $(VENV)/installed: requirements.lock pyproject.toml
