@@ -2,11 +2,12 @@
 PYTHON ?= python3
 CORES ?= $(shell nproc)
 VENV := .venv
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --workflow-profile workflow/profiles/default --cores $(CORES)
 PYTEST := $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
 
-.PHONY: demo test test-all lint benchmarks clean
+.PHONY: demo test test-all peers lint benchmarks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -17,7 +18,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/installed lint
+test-all: $(VENV)/installed lint peers
 	$(PYTEST)
 
 lint: $(VENV)/installed
@@ -27,7 +28,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/snakemake --lint
 
-benchmarks: $(VENV)/installed
+benchmarks: $(VENV)/installed peers
 	$(BIN)/python -m tests.benchmarks.workflow_scale
 	$(BIN)/python -m tests.benchmarks.waiting
 	$(BIN)/python -m tests.benchmarks.ppo_speed
@@ -35,6 +36,19 @@ benchmarks: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.supply
 	$(BIN)/python -m tests.benchmarks.dump_memory
 	$(BIN)/python -m tests.benchmarks.divergence
+	$(BIN)/python -m tests.benchmarks.sae_speed
+	$(BIN)/python -m tests.benchmarks.sae_quality
+	$(BIN)/python -m tests.benchmarks.write_change
+	$(BIN)/python -m tests.benchmarks.plant
+
+# Other libraries for the tests of interoperability and the benchmarks, which cannot share an environment with rlsae.
+peers: $(PEERS)/installed
+
+$(PEERS)/installed: tests/interop/peers.lock
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet $$(grep '^torch==' $<)
+	$(PEERS)/bin/pip install --quiet --no-deps --requirement $<
+	touch $@
 
 # torch first and alone: the CPU build, which the rest must not replace.
 $(VENV)/installed: requirements.lock pyproject.toml

@@ -127,21 +127,24 @@ def _resolve_family(value: Any, families: dict[str, list[str]], takes_list: bool
 def _entry_type(section: str, entry: Raw) -> type[Entry] | None:
     """The model of an entry, by its discriminator where the section has several; None if that cannot be told."""
     key, kinds = _kinds(section)
-    return kinds.get(str(entry.get(key)) if key else "")
+    return kinds.get(str(entry.get(key, "")) if key else "")
 
 
 @cache
 def _kinds(section: str) -> tuple[str | None, dict[str, type[Entry]]]:
     """The key that tells the entries of a section apart (`source`, `kind`, `method`), and the model of each of its values.
 
-    Where there is one model, the key is None and the value empty.
+    Where there is one model, the key is None and the value empty; where the key has a default, that kind is also the one of
+    the empty value.
     """
     (_, annotation) = typing.get_args(typing.get_type_hints(Config, include_extras=True)[section])
     options = _members(annotation)
     if len(options) == 1:
         return None, {"": options[0]}
     key = str(next(m.discriminator for m in typing.get_args(annotation) if isinstance(m, FieldInfo)))
-    return key, {tag: option for option in options for tag in typing.get_args(option.model_fields[key].annotation)}
+    kinds = {tag: option for option in options for tag in typing.get_args(option.model_fields[key].annotation)}
+    defaults = [option for option in options if not option.model_fields[key].is_required()]
+    return key, kinds | ({"": defaults[0]} if defaults else {})
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlsae.config import Choice, Config, Entry, LocalModel, PretrainedModel, SameAs, Study
+from rlsae.config import Choice, Config, Entry, ExternalDictionary, LocalModel, PretrainedModel, SameAs, Study
 from rlsae.errors import RlsaeError
 
 RESULTS = Path("results")
@@ -226,11 +226,9 @@ class Layout:
             yield stores[-1]
             for layer in layers:
                 for name in entry.dictionaries:
-                    folder = self.dictionary_folder(policy, entry, kind_of(layers), layer, name)
-                    trained.append(
-                        Artifact("dictionaries", folder, self.dictionary_settings(name), [stores[-1].folder, tokens])
-                    )
-                    yield trained[-1]
+                    found = self._dictionaries(entry, policy, kind_of(layers), layer, name, tokens)
+                    trained.append(found[-1])
+                    yield from found
         comparison, interpretation = RESULTS / "comparison" / study, RESULTS / "interpretation" / study
         data = [artifact.folder for artifact in [*stores, *trained]]
         yield Artifact("comparison", comparison, self.comparison_settings(study), data)
@@ -258,6 +256,19 @@ class Layout:
         temporary = not self.config.activations[study.activation].keep
         settings = self.activation_settings(study.activation, kind, policy)
         return Artifact("activations", folder, settings, [policy_folder(policy), tokens], temporary=temporary)
+
+    def _dictionaries(self, study: Study, policy: str, kind: str, layer: int, name: str, tokens: Path) -> list[Artifact]:
+        """The dictionaries of one recipe, behind those of the base policy that they continue."""
+        entry, behind = self.config.dictionaries[name], []
+        store = RESULTS / "activations" / f"{policy}.{study.corpus}" / study.activation / kind
+        folder = self.dictionary_folder(policy, study, kind, layer, name)
+        if isinstance(entry, ExternalDictionary):
+            files = {"source": Path(entry.path.format(layer=layer, policy=policy))}
+            return [Artifact("dictionaries", folder, self.dictionary_settings(name), [store, tokens], files)]
+        if entry.continues:
+            behind = self._dictionaries(study, study.base, kind, layer, entry.continues, tokens)
+        inputs = [store, tokens, *(artifact.folder for artifact in behind)]
+        return [*behind, Artifact("dictionaries", folder, self.dictionary_settings(name), inputs)]
 
     @staticmethod
     def _files(entry: Entry, label: str) -> dict[str, Path]:

@@ -199,10 +199,12 @@ def dictionary(
     weights: Annotated[Path, typer.Option(help="Transformers folder of the policy, for the cross-entropy recovered.")],
     tokens: Folder,
     out: Out,
+    start: Annotated[Path | None, typer.Option(help="The base's dictionaries to go on from, for start: from_base.")] = None,
+    source: MaybeFile = None,
     work: Work = None,
     threads: Threads = None,
 ) -> None:
-    """Train the sparse autoencoders of one layer, all seeds.
+    """Train the sparse autoencoders of one layer, all seeds; or take one from elsewhere.
 
     Example: rlsae dictionary --settings '{"expansion": 2, "l1": 0.005}' --layer 3
     --activations results/activations/tiny.reviews/mlp/layers-2-3 --weights results/models/tiny/model
@@ -211,8 +213,8 @@ def dictionary(
     configure(threads)
     from rlsae.sae.train import build_dictionaries
 
-    entry = parse_settings(config.Dictionary, settings)
-    build_dictionaries(entry, entry.settings(), layer, out, work, activations, weights, tokens)
+    entry = parse_settings(config.AnyDictionary, with_path(settings, source))
+    build_dictionaries(entry, entry.settings(), layer, out, work, activations, weights, tokens, start, source)
 
 
 @app.command()

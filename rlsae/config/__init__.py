@@ -8,6 +8,19 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rlsae.config.dictionaries import (
+    AnyDictionary,
+    BatchTopKDictionary,
+    Dictionary,
+    ExternalDictionary,
+    GatedDictionary,
+    JumpReluDictionary,
+    MatryoshkaDictionary,
+    ReluDictionary,
+    TiedReluDictionary,
+    TopKDictionary,
+    TopKFamily,
+)
 from rlsae.config.entry import RESERVED, SLUG, Entry, Slug
 from rlsae.config.sources import (
     AnyCorpus,
@@ -20,7 +33,7 @@ from rlsae.config.sources import (
     LocalModel,
     PretrainedModel,
 )
-from rlsae.config.studies import Activation, Choice, Dictionary, Interpretation, SameAs, Sizes, Study
+from rlsae.config.studies import Activation, Choice, Interpretation, SameAs, Sizes, Study
 from rlsae.config.tunings import (
     AnyReward,
     AnyTuning,
@@ -44,9 +57,11 @@ __all__ = [
     "SLUG",
     "Activation",
     "AnyCorpus",
+    "AnyDictionary",
     "AnyModel",
     "AnyReward",
     "AnyTuning",
+    "BatchTopKDictionary",
     "Choice",
     "ClassifierReward",
     "Config",
@@ -54,25 +69,33 @@ __all__ = [
     "DPOTuning",
     "Dictionary",
     "Entry",
+    "ExternalDictionary",
     "ExternalTuning",
     "FileCorpus",
     "GRPOTuning",
+    "GatedDictionary",
     "GeneratedCorpus",
     "GroupTuning",
     "HubCorpus",
     "HubModel",
     "Interpretation",
+    "JumpReluDictionary",
     "LexiconReward",
     "LocalModel",
     "Lora",
+    "MatryoshkaDictionary",
     "OnPolicyTuning",
     "PPOTuning",
     "PretrainedModel",
     "PythonReward",
     "RLOOTuning",
+    "ReluDictionary",
     "SameAs",
     "Sizes",
     "Study",
+    "TiedReluDictionary",
+    "TopKDictionary",
+    "TopKFamily",
     "Training",
     "Tuning",
 ]
@@ -88,7 +111,7 @@ class Config(BaseModel):
     rewards: dict[Slug, AnyReward] = Field({}, description="Named rewards.")
     tunings: dict[Slug, AnyTuning] = Field(description="Named recipes that turn a base model into a tuned one.")
     activations: dict[Slug, Activation] = Field(description="Named dump recipes.")
-    dictionaries: dict[Slug, Dictionary] = Field(description="Named sparse-autoencoder recipes.")
+    dictionaries: dict[Slug, AnyDictionary] = Field(description="Named sparse-autoencoder recipes.")
     studies: dict[Slug, Study] = Field(description="Named comparisons; one report each.")
 
     @model_validator(mode="after")
@@ -107,9 +130,28 @@ class Config(BaseModel):
         for name, model in self.models.items():
             if isinstance(model, PretrainedModel):
                 self._check_corpus(f"models.{name}.corpus", model.corpus, "documents")
+        for name, dictionary in self.dictionaries.items():
+            self._check_start(name, dictionary)
         for name, study in self.studies.items():
             self._check_study(name, study)
         return self
+
+    def _check_start(self, name: str, dictionary: Dictionary | ExternalDictionary) -> None:
+        if not isinstance(dictionary, Dictionary) or dictionary.continues is None:
+            return
+        other = self.dictionaries[dictionary.continues]
+        if not isinstance(other, Dictionary) or other.start == "from_base":
+            raise ValueError(f"dictionaries.{name}.continues: {dictionary.continues} is not trained from a start of its own")
+        for key in ("architecture", "expansion", "normalize"):
+            mine, theirs = getattr(dictionary, key), getattr(other, key)
+            if mine != theirs:
+                raise ValueError(
+                    f"dictionaries.{name}.{key}: {mine!r} here and {theirs!r} in {dictionary.continues}, which it continues"
+                )
+        if missing := set(dictionary.seeds) - set(other.seeds):
+            raise ValueError(
+                f"dictionaries.{name}.seeds: {dictionary.continues}, which it continues, has no seed {min(missing)}"
+            )
 
     def _check_corpus(self, key: str, corpus: str, kind: str) -> None:
         found = self.corpora[corpus].kind
@@ -122,7 +164,7 @@ class Config(BaseModel):
         for section in SECTIONS:
             for name, entry in getattr(self, section).items():
                 for key, target in entry.marked("entry_of").items():
-                    value = getattr(entry, key)
+                    value = getattr(entry, key) or []
                     names = value if isinstance(value, list) else [value.split("@")[0]]
                     found += [(f"{section}.{name}.{key}", target, n) for n in names]
                 if isinstance(entry, Study) and isinstance(entry.layers, SameAs):

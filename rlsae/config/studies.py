@@ -1,10 +1,10 @@
-"""What is dumped, trained and compared: activations, dictionaries, studies."""
+"""What is dumped and compared: activations, studies."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag
 
 from rlsae.config.entry import (
     ActivationName,
@@ -13,8 +13,6 @@ from rlsae.config.entry import (
     Entry,
     ModelName,
     Positive,
-    Seed,
-    Share,
     Slug,
     TuningOrCheckpoint,
 )
@@ -39,28 +37,6 @@ class Activation(Entry):
         None, description="Codec of numcodecs that compresses the rows; null: none, which is read fastest."
     )
     keep: bool = Field(True, description="Keep the stores; false: delete each once everything made from it is done.")
-
-
-class Dictionary(Entry):
-    architecture: Literal["tied_relu"] = Field("tied_relu", description="File of rlsae/sae/ that defines it.")
-    expansion: Annotated[float, Field(gt=0)] = Field(1.0, description="Latents per channel.")
-    l1: Annotated[float, Field(ge=0)] = Field(
-        1e-2, description="Weight of the L1 norm beside the mean-square error per channel."
-    )
-    normalize: bool = Field(True, description="Centre and scale rows by the store's statistics; folded on export.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-3, description="Peak learning rate of Adam.")
-    epochs: Positive = Field(4, description="Passes over the training rows.")
-    batch_rows: Positive = Field(1024, description="Rows per optimizer step.")
-    warmup_share: Share = Field(0.05, description="Share of the run with rising learning rate.")
-    decay_share: Share = Field(0.2, description="Share of the run, at its end, with falling learning rate.")
-    seeds: list[Seed] = Field([0, 1], min_length=1, description="One sparse autoencoder each, from one read of the rows.")
-
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("the same seed twice is no replication")
-        return seeds
 
 
 Measure = Literal[

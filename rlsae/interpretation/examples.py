@@ -32,14 +32,12 @@ class Evidence:
 
 @torch.inference_mode()
 def gather(sae: SparseAutoencoder, store: ActivationStore, layer: int, latents: NDArray[np.int64]) -> Evidence:
-    """Encode every row for the selected latents alone."""
+    """Encode every row; keep the selected latents."""
     selected = torch.tensor(latents)
-    part = SparseAutoencoder(sae.W_enc_DF[:, selected], sae.b_enc_F[selected], sae.W_dec_FD[selected], sae.b_dec_D)
     row_acts_NS = np.empty((store.rows, len(latents)), np.float32)
     for first in range(0, store.rows, ROWS):
-        row_acts_NS[first : first + ROWS] = part.encode(
-            torch.from_numpy(store.read(layer, first, first + ROWS)).float()
-        ).numpy()
+        latents_BF = sae.encode(torch.from_numpy(store.read(layer, first, first + ROWS)).float())
+        row_acts_NS[first : first + ROWS] = latents_BF[:, selected].numpy()
     token = store.group["token"][:]
     train = ~store.held_out_rows()
     vocabulary = int(token.max()) + 1

@@ -28,7 +28,7 @@ from torch import Tensor
 from rlsae import compute
 from rlsae.activations import store as store_module
 from rlsae.activations.store import ActivationStore
-from rlsae.config import Dictionary
+from rlsae.config import TiedReluDictionary
 from rlsae.sae import train
 from rlsae.sae.tied_relu import TiedRelu
 from tests.unit.small_artifacts import random_documents, tokens_of, write_store
@@ -66,7 +66,7 @@ def rows_per_second(store: ActivationStore, batch_rows: int, seed: int) -> float
 class Trainer:
     """One member of a dictionary and its optimizer."""
 
-    def __init__(self, channels: int, entry: Dictionary, where: torch.device) -> None:
+    def __init__(self, channels: int, entry: TiedReluDictionary, where: torch.device) -> None:
         self.member = TiedRelu(channels, round(entry.expansion * channels), entry, 0, where)
         self.optimizer = train._adam(self.member.parameters(), entry.learning_rate)
 
@@ -81,7 +81,7 @@ class Trainer:
 
 def step_times(store: ActivationStore, expansion: float, where: torch.device, seed: int) -> tuple[float, float]:
     """Mean seconds of a step fed from the store and of one fed from memory, which alternate."""
-    entry = Dictionary(expansion=expansion)
+    entry = TiedReluDictionary(expansion=expansion)
     channels = store.acts(0).shape[1]
     mean_D, scale = train.centre_and_scale(store, 0, True, where)
     order = store.row_order(0, entry.batch_rows, seed, epochs=2)

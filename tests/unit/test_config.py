@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rlsae.config import AnyCorpus, Dictionary, FileCorpus, GeneratedCorpus, PPOTuning, PythonReward
+from rlsae.config import AnyCorpus, AnyDictionary, FileCorpus, GeneratedCorpus, PPOTuning, PythonReward
 from rlsae.errors import RlsaeError
 from rlsae.expand import load, parse_config, parse_settings
 
@@ -415,9 +415,9 @@ def test_settings_given_as_json_give_the_entry_back():
 
 def test_a_mistake_in_settings_given_as_json_is_explained_like_one_in_a_file():
     with pytest.raises(RlsaeError, match=r"--settings: epoch: unknown key; did you mean epochs\?"):
-        parse_settings(Dictionary, '{"epoch": 3}')
+        parse_settings(AnyDictionary, '{"epoch": 3}')
 
 
 def test_settings_that_are_no_json_are_refused():
     with pytest.raises(RlsaeError, match="--settings: invalid JSON"):
-        parse_settings(Dictionary, "{")
+        parse_settings(AnyDictionary, "{")
