@@ -228,9 +228,11 @@ def _is_variant(part: Any, place: int, mistake: Any) -> bool:
     """Whether a part of a location names a member of a union and not a key of the file."""
     if not isinstance(part, str):
         return False
-    if place == 2 and mistake["loc"][0] in SECTIONS and part in _kinds(mistake["loc"][0])[1]:
+    location = mistake["loc"]
+    if place == 2 and location[0] in SECTIONS and part in _kinds(location[0])[1]:
         return True
-    return part.startswith("<")
+    alone = place == 0 and len(location) > 1 and location[0] not in SECTIONS  # settings of one entry
+    return part.startswith("<") or (alone and any(part in _kinds(section)[1] for section in SECTIONS))
 
 
 def _known_keys(kind: Any, location: tuple[Any, ...]) -> list[str]:
