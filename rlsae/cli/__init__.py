@@ -6,11 +6,11 @@ import errno
 import os
 import sys
 
-from rlsae.cli import results, stages
+from rlsae.cli import plant, results, stages
 from rlsae.cli.app import app
 from rlsae.errors import RlsaeError
 
-__all__ = ["app", "main", "results", "stages"]
+__all__ = ["app", "main", "plant", "results", "stages"]
 
 
 def main() -> None:

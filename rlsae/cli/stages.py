@@ -226,7 +226,7 @@ def compare(
     work: Work = None,
     threads: Threads = None,
 ) -> None:
-    """Match the latents of base and tuned dictionaries.
+    """Test which latents changed between base and tuned, and describe how alike their dictionaries are.
 
     Example: rlsae compare --settings '{"dictionaries": ["small"], "sizes": null}'
     --dictionary base/3/small=results/dictionaries/... --dictionary tuned/3/small=...

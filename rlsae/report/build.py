@@ -9,9 +9,10 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from rlsae.comparison.tags import TAGS
 from rlsae.divergence.figures import TITLES, charts, further_charts
 from rlsae.report import figures, findings, formatting
-from rlsae.report.content import chain, families, latents, qualities, records, shifts, tuning_metrics, well_explained
+from rlsae.report.content import chain, changes, families, latents, qualities, records, shifts, tuning_metrics, well_explained
 from rlsae.report.study import Study
 from rlsae.resumable import Stage
 from rlsae.status import BANNER, write_banner
@@ -52,7 +53,7 @@ def index(study: Study, digests: dict[str, str]) -> str:
     tuned, chosen = study.manifests["tuned"], study.chosen
     layers = pd.read_parquet(study.divergence / "layers.parquet")
     curves = {key: pd.read_parquet(folder / "metrics.parquet") for key, folder in study.dictionaries.items()}
-    explained = latents(study)
+    explained, changed = latents(study), changes(study)
     return render(
         "index.html.j2",
         study=study,
@@ -62,6 +63,7 @@ def index(study: Study, digests: dict[str, str]) -> str:
             findings.preference_sentence(tuned.metrics),
             findings.hacking_sentence(tuned.metrics),
             findings.layers_sentence(chosen, layers.layer.nunique()),
+            findings.changes_sentence(changed),
             findings.cosine_sentences(study.aggregates),
             findings.latents_sentence(study.manifests["interpretation"].metrics),
         ],
@@ -82,6 +84,8 @@ def index(study: Study, digests: dict[str, str]) -> str:
         ),
         qualities=qualities(study),
         training_curves=figures.training_curves(curves),
+        changes=changed,
+        tags=TAGS,
         cosines=records(study.aggregates),
         cosine_labels={measure: label for measure, (label, *_) in figures.COSINES.items()},
         cosine_dots=figures.cosine_dots(study.aggregates),

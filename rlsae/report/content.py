@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from rlsae.artifacts import Manifest, stored_bytes
+from rlsae.comparison.tags import CHANGED
 from rlsae.divergence.figures import FAMILIES, whole_layers
 from rlsae.report.formatting import listing, number, visible
 from rlsae.report.study import KEY, Study
@@ -61,6 +62,31 @@ class Quality:
     dictionary: str
     seed: str
     scores: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What the test says of the latents of one layer and dictionary."""
+
+    layer: int
+    dictionary: str
+    tags: dict[str, int | None]
+    """Latents with each tag, and how many of the changed ones are `replicated`."""
+    shares: dict[str, float]
+    """Of the rows' variance that differs; of that difference, what each level holds."""
+    diffuse: bool
+
+    @property
+    def changed(self) -> int:
+        return sum(self.tags[tag] or 0 for tag in CHANGED)
+
+    @property
+    def tested(self) -> int:
+        return self.changed + (self.tags["unchanged"] or 0)
+
+    @property
+    def replicated(self) -> int | None:
+        return self.tags["replicated"]
 
 
 @dataclass(frozen=True)
@@ -190,6 +216,18 @@ def families(layers: pd.DataFrame) -> dict[str, list[str]]:
     """The measures of each family, in the order of the table."""
     measures = layers.measure.unique().tolist()
     return {family: [m for m in measures if m.startswith(beginning)] for family, beginning in FAMILIES.items()}
+
+
+def changes(study: Study) -> list[Changes]:
+    """One row per layer and dictionary: counts over roles and seeds, shares of the difference as means over them."""
+    levels = pd.read_parquet(study.comparison / "levels.parquet")
+    found = []
+    for layer, entry in study.manifests["comparison"].metrics["layers"].items():
+        for name, figures in entry["dictionaries"].items():
+            of_pair = levels[(levels.layer == int(layer)) & (levels.dictionary == name)]
+            shares = of_pair[["difference", "mean_shift", "linear_map", "tagged"]].mean().to_dict()
+            found.append(Changes(int(layer), name, figures["tags"], shares, bool(of_pair.diffuse.any())))
+    return found
 
 
 def qualities(study: Study) -> list[Quality]:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from rlsae.divergence.figures import TITLES
+from rlsae.report.content import Changes
 from rlsae.report.formatting import MISSING, alike, interval, listing, number, percent, spread
 
 
@@ -77,6 +78,22 @@ def layers_sentence(chosen: dict[str, Any], count: int) -> str:
         shares = listing(f"layer {layer} in {percent(share)}" for layer, share in chosen["stability"].items())
         text += f" In bootstrap resamples, the same rule chooses {shares}."
     return text
+
+
+def changes_sentence(tags: list[Changes]) -> str:
+    """How many latents the tuning changed, the replicated ones first."""
+    tested = sum(row.tested for row in tags)
+    if not tested:
+        return "No latent fires often enough to be tested for a change."
+    changed, replicated = sum(row.changed for row in tags), [row.replicated for row in tags]
+    if not changed:
+        return f"No change of single latents beyond noise: none of the {number(tested)} tested ones is tagged."
+    text = f"{number(changed)} of {number(tested)} tested latents write something else in the tuned model than in the base"
+    if None in replicated:
+        return text + ", beyond what the layer as a whole does; one seed cannot say whether they recur."
+    return (
+        text + f", beyond what the layer as a whole does; {number(sum(replicated))} of them recur in another seed's dictionary."
+    )
 
 
 def cosine_sentences(aggregates: pd.DataFrame) -> str:

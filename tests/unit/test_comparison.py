@@ -12,8 +12,12 @@ from small_artifacts import random_documents, tokens_of, write_dictionaries, wri
 
 from rlsae.activations.store import ActivationStore
 from rlsae.artifacts import MANIFEST, Manifest
+from rlsae.comparison.latent_scaling import scale_error
 from rlsae.comparison.matching import Matching, match, mmcs, percentile
-from rlsae.comparison.stage import build_comparison, measure
+from rlsae.comparison.members import measure
+from rlsae.comparison.replication import replicated
+from rlsae.comparison.stage import build_comparison
+from rlsae.comparison.tags import TAGS
 from rlsae.errors import RlsaeError
 from rlsae.sae.dictionary import SparseAutoencoder
 
@@ -22,8 +26,10 @@ CHANNELS = 8
 LATENTS = {"small": 6, "big": 10}
 KEY = ["role", "layer", "dictionary", "seed", "latent"]
 ACTIVITY = ["firings", "density", "mean_active", "max_active"]
-MATCHES = ["match_latent", "match_cosine_decoder", "match_cosine_encoder", "floor_percentile"]
+CHANGES = "write_change write_change_raw write_ratio write_angle p q tag replicated".split()
+MATCHES = "match_latent match_cosine_decoder match_cosine_encoder match_jaccard match_pearson".split()
 SIZE_MATCHES = ["match_size_latent", "match_size_cosine"]
+DESCRIPTION = ["floor_percentile", "scale_error", "density_shift"]
 DEAD = 2
 """A latent of every dictionary that never fires."""
 PARTNERLESS = -1
@@ -200,7 +206,7 @@ def table(full):
 
 
 def test_the_table_has_the_documented_columns_and_a_row_per_latent(table):
-    assert list(table.columns) == KEY + ACTIVITY + MATCHES + SIZE_MATCHES
+    assert list(table.columns) == KEY + ACTIVITY + CHANGES + MATCHES + SIZE_MATCHES + DESCRIPTION
     assert not table.duplicated(KEY).any()
     assert len(table) == 2 * 2 * 2 * sum(LATENTS.values())
     assert table.groupby(["role", "layer", "dictionary", "seed"]).ngroups == 16
@@ -274,7 +280,7 @@ def test_every_figure_stands_in_the_manifest_with_its_interval_and_in_the_aggreg
         names = ["mmcs_base_tuned", "mmcs_base_tuned_other_seed", "mmcs_floor"]
         groups += [(name, figures, names) for name, figures in entry["dictionaries"].items()]
         for name, figures, measures in groups:
-            assert sorted(figures) == sorted(measures + [f"{key}_ci95" for key in measures])
+            assert figures.keys() - {"tags"} == {*measures, *(f"{key}_ci95" for key in measures)}
             for key in measures:
                 low, high = figures[f"{key}_ci95"]
                 assert low < figures[key] < high
@@ -334,7 +340,7 @@ def test_a_study_without_sizes_has_no_figures_of_sizes(compare):
     metrics = Manifest.read(out).metrics
     assert all("sizes" not in entry for entry in metrics["layers"].values())
     assert not pd.read_parquet(out / "aggregates.parquet").measure.str.startswith("mmcs_small_big").any()
-    assert list(pd.read_parquet(out / "latents.parquet").columns) == KEY + ACTIVITY + MATCHES
+    assert list(pd.read_parquet(out / "latents.parquet").columns) == KEY + ACTIVITY + CHANGES + MATCHES + DESCRIPTION
 
 
 def test_a_policy_whose_latents_are_all_dead_has_rows_and_no_similarity(compare):
@@ -367,3 +373,129 @@ def test_the_manifest_names_every_dictionary_and_store(compare):
         "activations/tiny.reviews/mlp",
         "activations/tiny.ppo.reviews/mlp",
     }
+
+
+# --- what changed ------------------------------------------------------------------------------------------------
+
+
+def changed_rows(role, tokens):
+    """Rows of a latent per channel, each on a fifth of the rows; the tuned model removes the first and doubles the second."""
+    writes_FD = np.eye(CHANNELS)
+    if role == "tuned":
+        writes_FD[0], writes_FD[1] = 0, 2 * writes_FD[1]
+    return (np.random.default_rng(0).random((len(tokens.token), CHANNELS)) < 0.2) @ writes_FD
+
+
+def compare_changed(folder, seeds=(0, 1), tuned_tokens=None, channels=CHANNELS):
+    """Folder of a comparison of dictionaries that read the channels of a base and of a changed model."""
+    tokens = {"base": tokens_of(random_documents([100] * 64))}
+    tokens["tuned"] = tuned_tokens or tokens["base"]
+    stores, dictionaries = {}, {}
+    for role in ("base", "tuned"):
+        stores[role] = write_store(folder / "activations" / role, tokens[role], {0: changed_rows(role, tokens[role])})
+        own = {seed: dictionary(np.eye(channels), bias=-0.1) for seed in seeds}
+        dictionaries[role, 0, "small"] = write_dictionaries(folder / "dictionaries" / role, own)
+    build_comparison({"dictionaries": ["small"], "sizes": None}, folder / "comparison", None, dictionaries, stores)
+    return folder / "comparison"
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory):
+    """Folder of a comparison with a removed and a doubled latent; not to be written to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLSAE_DEVICE", "cpu")
+        return compare_changed(tmp_path_factory.mktemp("changed"))
+
+
+def test_changed_latents_are_tagged_and_the_others_are_not(changed):
+    table = pd.read_parquet(changed / "latents.parquet")
+    for seed in (0, 1):
+        of_seed = table[table.seed == seed].set_index(["role", "latent"])
+        assert of_seed.tag["base"].tolist() == ["removed", "rescaled"] + ["unchanged"] * 6
+        assert of_seed.tag["tuned"].tolist() == ["dead", "rescaled"] + ["unchanged"] * 6
+        assert of_seed.write_ratio["base", 1] == pytest.approx(2, abs=0.3)
+        assert of_seed.write_ratio["tuned", 1] == pytest.approx(0.5, abs=0.1)
+        assert of_seed.scale_error["base", 0] == pytest.approx(0, abs=0.01)
+        assert of_seed.scale_error["base", 2] == pytest.approx(1, abs=0.01)
+
+
+def test_tags_are_counted_in_the_manifest(changed):
+    table = pd.read_parquet(changed / "latents.parquet")
+    tags = Manifest.read(changed).metrics["layers"]["0"]["dictionaries"]["small"]["tags"]
+    assert tags == {"replicated": 6} | {tag: int((table.tag == tag).sum()) for tag in TAGS}
+    assert tags["removed"] == 2
+    assert tags["rescaled"] == 4
+
+
+def test_levels_say_how_much_of_the_difference_each_one_holds(changed):
+    levels = pd.read_parquet(changed / "levels.parquet")
+    assert levels.groupby(["layer", "dictionary", "seed", "role"]).size().tolist() == [1] * 4
+    shares = levels[["mean_shift", "linear_map", "latents"]]
+    assert ((shares >= -0.01) & (shares <= 1)).all(axis=None)
+    assert (shares.sum(axis=1) <= 1.01).all()
+    assert (levels.minimum_effect >= 0.35).all()
+    # A fifth of the rows lose a vector of length 1, a fifth gain one; a channel's variance is 0.2 · 0.8.
+    assert levels.difference.to_numpy() == pytest.approx(2 * 0.2 / (CHANNELS * 0.2 * 0.8), rel=0.1)
+    # The lost and the gained vector have means of 0.2; the rest of the difference is what the two latents write.
+    assert levels.mean_shift.to_numpy() == pytest.approx(0.2, abs=0.02)
+    assert (levels["rank"] == 0).all()
+    assert levels[levels.role == "base"].latents.to_numpy() == pytest.approx(0.8, abs=0.03)
+
+
+def test_with_one_seed_nothing_is_said_of_replication(tmp_path):
+    out = compare_changed(tmp_path, seeds=(0,))
+    table = pd.read_parquet(out / "latents.parquet")
+    assert (table.tag == "removed").any()
+    assert table.replicated.isna().all()
+    assert Manifest.read(out).metrics["layers"]["0"]["dictionaries"]["small"]["tags"]["replicated"] is None
+
+
+def test_a_tag_is_replicated_if_a_tagged_latent_of_another_seed_writes_nearly_the_same():
+    decoders = {0: np.eye(3), 1: np.array([[0.8, 0.6, 0], [0, 1, 0], [0, 0, 1.0]])}
+    tags = {0: ["removed", "rotated", "unchanged"], 1: ["added", "unchanged", "dead"]}
+    found = replicated({seed: np.array(tag) for seed, tag in tags.items()}, decoders)
+    assert found[0].tolist() == [True, False, pd.NA]
+    assert found[1].tolist() == [True, pd.NA, pd.NA]
+
+
+def test_matched_latents_are_compared_on_the_held_out_rows(full):
+    table = pd.read_parquet(full / "latents.parquet")
+    held_out = np.repeat(tokens_of(random_documents([10] * 24)).held_out, 10)
+    codes = {}
+    for number, role in enumerate(("base", "tuned")):
+        acts = np.random.default_rng(number).normal(size=(240, CHANNELS)).astype(np.float32)
+        codes[role] = members(role, "small", [0])[0].encode(torch.from_numpy(acts[held_out])).numpy()
+    pairs = table.query("role == 'base' and layer == 0 and dictionary == 'small' and seed == 0 and match_latent >= 0")
+    for row in pairs.itertuples():
+        base, tuned = codes["base"][:, row.latent], codes["tuned"][:, row.match_latent]
+        both, one = ((base > 0) & (tuned > 0)).sum(), ((base > 0) | (tuned > 0)).sum()
+        assert row.match_jaccard == pytest.approx(both / one)
+        assert row.match_pearson == pytest.approx(np.corrcoef(base, tuned)[0, 1], abs=1e-5)
+        assert row.density_shift == pytest.approx(np.log10((tuned > 0).mean() / (base > 0).mean()))
+
+
+def test_latent_scaling_is_the_regression_of_the_error_on_the_latents_own_part():
+    rng = np.random.default_rng(0)
+    latents_NF = np.maximum(rng.normal(size=(500, 3)), 0)
+    W_dec_FD, b_dec_D = rng.normal(size=(3, 4)), rng.normal(size=4)
+    models = [latents_NF @ W_dec_FD * size + b_dec_D + rng.normal(size=(500, 4)) for size in (1.0, 0.4)]
+    betas_MF = np.empty((2, 3))
+    for model, acts_ND in enumerate(models):
+        error_ND = acts_ND - latents_NF @ W_dec_FD - b_dec_D
+        for latent in range(3):
+            part_ND = np.outer(latents_NF[:, latent], W_dec_FD[latent])
+            betas_MF[model, latent] = (part_ND * (error_ND + part_ND)).sum() / (part_ND**2).sum()
+    moments = np.cov(latents_NF.T, bias=True), latents_NF.mean(0), *(latents_NF.T @ acts_ND / 500 for acts_ND in models)
+    found_F = scale_error(*(torch.from_numpy(value) for value in (*moments, W_dec_FD, b_dec_D)))
+    np.testing.assert_allclose(found_F, betas_MF[1] / betas_MF[0])
+
+
+def test_stores_of_other_tokens_than_each_other_are_refused(tmp_path):
+    other = tokens_of(random_documents([100] * 64, seed=1))
+    with pytest.raises(RlsaeError, match=r"tuned/store/activations.zarr holds other tokens than .*; dump both policies"):
+        compare_changed(tmp_path, tuned_tokens=other)
+
+
+def test_a_dictionary_of_another_width_than_the_rows_is_refused(tmp_path):
+    with pytest.raises(RlsaeError, match=r"seed0 reads rows of 5 channels, layer 0 of .* has 8; compare dictionaries"):
+        compare_changed(tmp_path, channels=5)

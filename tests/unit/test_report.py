@@ -13,10 +13,14 @@ import pytest
 
 from rlsae.artifacts import MANIFEST, PROVENANCE, Manifest, digest
 from rlsae.report.build import build_report
-from rlsae.report.findings import reward_sentence
+from rlsae.report.content import Changes
+from rlsae.report.findings import changes_sentence, reward_sentence
 from rlsae.report.formatting import interval, listing, number, percent, quoted, size, spread
 
 MEASURES = ("weight_l2_sum", "activation_l2_relative", "kl_swap_out", "reward_swap_out")
+TAGS = {"unchanged": 90, "removed": 1, "added": 2, "rotated": 3, "rescaled": 4, "untestable": 20, "dead": 8}
+LEVEL = {"layer": 1, "dictionary": "small", "difference": 0.05, "mean_shift": 0.2, "linear_map": 0.6, "tagged": 0.1}
+LEVEL |= {"diffuse": False}
 EVIL = "<script>alert('x')</script> & \"quoted\""
 PPO = {
     "evaluation_prompts": 512,
@@ -139,9 +143,10 @@ def report(tmp_path_factory):
             divergence=divergence,
             comparison=artifact(
                 results / "comparison" / "demo",
-                {},
+                {"layers": {"1": {"dictionaries": {"small": {"tags": TAGS | {"replicated": 3 if len(seeds) > 1 else None}}}}}},
                 {},
                 {
+                    "levels.parquet": [LEVEL | {"role": role, "seed": seed} for role in ("base", "tuned") for seed in seeds],
                     "aggregates.parquet": cosines(seeds, sizes),
                     "latents.parquet": [{**key, **matched, "match_latent": key["latent"]} for key in keys],
                 },
@@ -192,6 +197,27 @@ def test_pages_need_nothing_from_outside(plain):
                 continue
             assert not file or (plain / file).exists(), link
             assert not anchor or f'id="{anchor}"' in pages(plain)[file or "index.html"] or f'id="{anchor}"' in text, link
+
+
+def test_the_changes_are_told_by_the_tested_latents_and_by_those_that_recur(plain):
+    found = prose(pages(plain)["index.html"])
+    assert "10 of 100 tested latents write something else in the tuned model than in the base" in found
+    assert "3 of them recur in another seed's dictionary" in found
+
+
+def test_one_seed_is_told_not_to_say_whether_changes_recur(report):
+    assert "one seed cannot say whether they recur" in prose(pages(report(seeds=(0,)))["index.html"])
+
+
+@pytest.mark.parametrize(
+    ("tags", "sentence"),
+    [
+        (dict.fromkeys(TAGS, 0) | {"unchanged": 7}, "No change of single latents beyond noise: none of the 7 tested ones"),
+        (dict.fromkeys(TAGS, 0) | {"untestable": 7}, "No latent fires often enough to be tested for a change."),
+    ],
+)
+def test_that_nothing_was_found_is_not_told_as_that_nothing_was_tested(tags, sentence):
+    assert changes_sentence([Changes(1, "small", tags | {"replicated": 0}, {}, False)]).startswith(sentence)
 
 
 def test_text_of_the_corpus_is_data(report):

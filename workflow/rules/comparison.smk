@@ -1,4 +1,4 @@
-# comparison/{study}: one table of latents for base and tuned.
+# comparison/{study}: which latents changed between base and tuned, and how alike their dictionaries are.
 
 
 rule compare:
@@ -7,6 +7,7 @@ rule compare:
         stores=lambda wildcards: store_files(wildcards.study),
     output:
         latents="results/comparison/{study}/latents.parquet",
+        levels="results/comparison/{study}/levels.parquet",
         aggregates="results/comparison/{study}/aggregates.parquet",
         floor="results/comparison/{study}/floor.parquet",
         manifest=ensure("results/comparison/{study}/manifest.json", non_empty=True),
