@@ -88,12 +88,13 @@ def changes_sentence(tags: list[Changes]) -> str:
     changed, replicated = sum(row.changed for row in tags), [row.replicated for row in tags]
     if not changed:
         return f"No change of single latents beyond noise: none of the {number(tested)} tested ones is tagged."
-    text = f"{number(changed)} of {number(tested)} tested latents write something else in the tuned model than in the base"
+    told = f"{number(changed)} of {number(tested)} tested latents"
+    beyond = "write something else in the tuned model than in the base, beyond what the layer as a whole does"
     if None in replicated:
-        return text + ", beyond what the layer as a whole does; one seed cannot say whether they recur."
-    return (
-        text + f", beyond what the layer as a whole does; {number(sum(replicated))} of them recur in another seed's dictionary."
-    )
+        return f"{told} {beyond}; one seed cannot say whether they recur."
+    if not sum(replicated):
+        return f"No change of single latents that recurs: {told} are tagged, none of them in the dictionaries of two seeds."
+    return f"{number(sum(replicated))} latents {beyond}, and recur in another seed's dictionary; in all, {told} are tagged."
 
 
 def cosine_sentences(aggregates: pd.DataFrame) -> str:

@@ -201,8 +201,8 @@ def test_pages_need_nothing_from_outside(plain):
 
 def test_the_changes_are_told_by_the_tested_latents_and_by_those_that_recur(plain):
     found = prose(pages(plain)["index.html"])
-    assert "10 of 100 tested latents write something else in the tuned model than in the base" in found
-    assert "3 of them recur in another seed's dictionary" in found
+    assert "3 latents write something else in the tuned model than in the base" in found
+    assert "recur in another seed's dictionary; in all, 10 of 100 tested latents are tagged" in found
 
 
 def test_one_seed_is_told_not_to_say_whether_changes_recur(report):
@@ -213,6 +213,7 @@ def test_one_seed_is_told_not_to_say_whether_changes_recur(report):
     ("tags", "sentence"),
     [
         (dict.fromkeys(TAGS, 0) | {"unchanged": 7}, "No change of single latents beyond noise: none of the 7 tested ones"),
+        (dict.fromkeys(TAGS, 0) | {"added": 3}, "No change of single latents that recurs: 3 of 3 tested latents are tagged"),
         (dict.fromkeys(TAGS, 0) | {"untestable": 7}, "No latent fires often enough to be tested for a change."),
     ],
 )
