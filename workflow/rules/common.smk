@@ -12,7 +12,7 @@ sys.path.insert(0, workflow.basedir)
 
 from rlsae.artifacts import canonical_json
 from rlsae.code_digest import code_digest
-from rlsae.config import PretrainedModel
+from rlsae.config import ExternalDictionary, PretrainedModel
 from rlsae.errors import RlsaeError
 from rlsae.expand import parse_config
 from rlsae.layout import SURVEY, Layout, kind_of, model_of, policy_folder, run_this_checkout, weights_folder
@@ -266,6 +266,38 @@ def external_files(wildcards):
 def tuning_options(wildcards):
     reward, tuning = reward_of(wildcards), CONFIG.tunings[wildcards.tuning]
     return " ".join(option(name, getattr(entry, "path", None)) for name, entry in (("reward-file", reward), ("tuned", tuning)))
+
+
+def dictionary_source(wildcards):
+    """The folder of an external autoencoder."""
+    entry = CONFIG.dictionaries[wildcards.dictionary]
+    if not isinstance(entry, ExternalDictionary):
+        return None
+    return entry.path.format(layer=wildcards.layer, policy=wildcards.policy)
+
+
+def dictionary_source_files(wildcards):
+    folder = dictionary_source(wildcards)
+    return sorted(str(path) for path in Path(folder).glob("*") if path.is_file()) or [folder] if folder else []
+
+
+def dictionary_start(wildcards):
+    """The dictionaries of the base policy that this one continues; both policies start from them."""
+    continues = getattr(CONFIG.dictionaries[wildcards.dictionary], "continues", None)
+    if continues is None:
+        return None
+    rows = f"{model_of(wildcards.policy)}.{wildcards.corpus}/{wildcards.activation}/{wildcards.kind}"
+    return f"results/dictionaries/{rows}/layer{wildcards.layer}/{continues}"
+
+
+def dictionary_start_files(wildcards):
+    folder = dictionary_start(wildcards)
+    return [f"{folder}/manifest.json", ancient(f"{folder}/saes")] if folder else []
+
+
+def start_and_source(wildcards):
+    """What only some recipes need: the base's dictionaries to start from, the folder of an external autoencoder."""
+    return " ".join([option("start", dictionary_start(wildcards)), option("source", dictionary_source(wildcards))])
 
 
 def activation_parts(wildcards):

@@ -1,33 +1,5 @@
 # dictionaries/{policy}.{corpus}/{activation}/{kind}/layer{layer}/{dictionary}: the sparse autoencoders of one policy × layer
 # × recipe, all seeds of the recipe in one job.
-from rlsae.config import ExternalDictionary
-
-
-def dictionary_source(wildcards):
-    """The folder of an external autoencoder."""
-    entry = CONFIG.dictionaries[wildcards.dictionary]
-    if not isinstance(entry, ExternalDictionary):
-        return None
-    return entry.path.format(layer=wildcards.layer, policy=wildcards.policy)
-
-
-def dictionary_source_files(wildcards):
-    folder = dictionary_source(wildcards)
-    return sorted(str(path) for path in Path(folder).glob("*") if path.is_file()) or [folder] if folder else []
-
-
-def dictionary_start(wildcards):
-    """The dictionaries of the base policy that this one continues; both policies start from them."""
-    continues = getattr(CONFIG.dictionaries[wildcards.dictionary], "continues", None)
-    if continues is None:
-        return None
-    rows = f"{model_of(wildcards.policy)}.{wildcards.corpus}/{wildcards.activation}/{wildcards.kind}"
-    return f"results/dictionaries/{rows}/layer{wildcards.layer}/{continues}"
-
-
-def dictionary_start_files(wildcards):
-    folder = dictionary_start(wildcards)
-    return [f"{folder}/manifest.json", ancient(f"{folder}/saes")] if folder else []
 
 
 rule dictionary:
@@ -62,9 +34,7 @@ rule dictionary:
         code=code_digest("sae"),
         activations="results/activations/{policy}.{corpus}/{activation}/{kind}",
         weights=lambda wildcards: weights_folder(wildcards.policy),
-        options=lambda wildcards: " ".join(
-            [option("start", dictionary_start(wildcards)), option("source", dictionary_source(wildcards))]
-        ),
+        options=start_and_source,
         tokens=lambda wildcards: f"results/tokens/{model_of(wildcards.policy)}.{wildcards.corpus}",
         work="results/.work/dictionaries/{policy}.{corpus}/{activation}/{kind}/layer{layer}/{dictionary}",
     shell:
