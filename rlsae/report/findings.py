@@ -85,12 +85,12 @@ def changes_sentence(tags: list[Changes]) -> str:
     tested = sum(row.tested for row in tags)
     if not tested:
         return "No latent fires often enough to be tested for a change."
-    changed, replicated = sum(row.changed for row in tags), [row.replicated for row in tags]
+    changed, replicated = sum(row.changed for row in tags), [row.replicated for row in tags if row.replicated is not None]
     if not changed:
         return f"No change of single latents beyond noise: none of the {number(tested)} tested ones is tagged."
     told = f"{number(changed)} of {number(tested)} tested latents"
     beyond = "write something else in the tuned model than in the base, beyond what the layer as a whole does"
-    if None in replicated:
+    if len(replicated) < len(tags):
         return f"{told} {beyond}; one seed cannot say whether they recur."
     if not sum(replicated):
         return f"No change of single latents that recurs: {told} are tagged, none of them in the dictionaries of two seeds."
