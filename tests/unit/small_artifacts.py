@@ -115,4 +115,5 @@ def write_dictionaries(folder, members):
     for seed, sae in members.items():
         sae.save(folder / "saes" / f"seed{seed}")
     # A manifest that tells dictionaries apart, as the digests of a real one do.
-    return finish(folder, "dictionaries", metrics={str(s): sae.W_dec_FD.double().sum().item() for s, sae in members.items()})
+    sums = {f"seed{seed}": {"sum": sae.W_dec_FD.double().sum().item()} for seed, sae in members.items()}
+    return finish(folder, "dictionaries", metrics=sums)

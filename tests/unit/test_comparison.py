@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_artifacts import random_documents, tokens_of, write_dictionaries, write_store
+from small_artifacts import finish, random_documents, tokens_of, write_dictionaries, write_store
 
 from rlsae.activations.store import ActivationStore
 from rlsae.artifacts import MANIFEST, Manifest
@@ -16,7 +16,7 @@ from rlsae.comparison.latent_scaling import scale_error
 from rlsae.comparison.matching import Matching, match, mmcs, percentile
 from rlsae.comparison.members import measure
 from rlsae.comparison.replication import replicated
-from rlsae.comparison.stage import build_comparison
+from rlsae.comparison.stage import build_comparison, check_same_training_rows
 from rlsae.comparison.tags import TAGS
 from rlsae.errors import RlsaeError
 from rlsae.sae.dictionary import SparseAutoencoder
@@ -494,6 +494,19 @@ def test_stores_of_other_tokens_than_each_other_are_refused(tmp_path):
     other = tokens_of(random_documents([100] * 64, seed=1))
     with pytest.raises(RlsaeError, match=r"tuned/store/activations.zarr holds other tokens than .*; dump both policies"):
         compare_changed(tmp_path, tuned_tokens=other)
+
+
+@pytest.mark.parametrize(("tuned", "refused"), [("a", False), ("b", True)])
+def test_dictionaries_that_were_trained_on_other_rows_are_no_pair(tmp_path, tuned, refused):
+    folders = {
+        (role, 2, "small"): finish(tmp_path / role, "dictionaries", metrics={"seed0": {"rows_digest": digest}})
+        for role, digest in (("base", "a"), ("tuned", tuned))
+    }
+    if refused:
+        with pytest.raises(RlsaeError, match="layer 2, dictionary small, seed0: base and tuned were trained on other rows"):
+            check_same_training_rows(folders)
+    else:
+        check_same_training_rows(folders)
 
 
 def test_a_dictionary_of_another_width_than_the_rows_is_refused(tmp_path):
