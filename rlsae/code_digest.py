@@ -16,7 +16,9 @@ from rlsae.errors import RlsaeError
 
 PACKAGE = Path(__file__).parent
 NEUTRAL = {"config", "expand.py", "errors.py", "progress.py", "artifacts.py", "resumable.py", "layout.py"}
-"""Settings reach a stage as parameters of their own, and how a stage saves and publishes does not change what it makes."""
+NEUTRAL |= {"sae/figures.py", "sae/hub.py"}
+"""Settings reach a stage as parameters of their own; how a stage saves and publishes does not change what it makes; the look
+of a figure is not worth training again, and an export is part of no stage."""
 
 
 def code_digest(*modules: str) -> str:
@@ -34,11 +36,15 @@ def code_digest(*modules: str) -> str:
         queue += files
     while queue:
         path = queue.pop()
-        if path not in closure and path.relative_to(PACKAGE).parts[0] not in NEUTRAL:
+        if path not in closure and not _is_neutral(path.relative_to(PACKAGE)):
             closure.add(path)
             queue += _parse(path)[1]
     lines = [f"{path.relative_to(PACKAGE).as_posix()} {_parse(path)[0]}" for path in sorted(closure)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _is_neutral(path: Path) -> bool:
+    return bool({path.as_posix(), path.parts[0]} & NEUTRAL)
 
 
 @cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,13 +26,20 @@ def medium_is_exact() -> bool:
     """Whether `set_float32_matmul_precision("medium")` keeps fp32 precision on this CPU."""
     generator = torch.Generator().manual_seed(0)
     a_MK, b_KN = torch.randn(256, 512, generator=generator), torch.randn(512, 256, generator=generator)
+    with rounded_products():
+        error = torch.linalg.norm((a_MK @ b_KN).double() - a_MK.double() @ b_KN.double())
+    return bool(error / torch.linalg.norm(a_MK.double() @ b_KN.double()) < 1e-5)
+
+
+@contextmanager
+def rounded_products() -> Iterator[None]:
+    """fp32 products of factors that are rounded to bf16 or TF32 where the machine has matrix units for these."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        error = torch.linalg.norm((a_MK @ b_KN).double() - a_MK.double() @ b_KN.double())
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
-    return bool(error / torch.linalg.norm(a_MK.double() @ b_KN.double()) < 1e-5)
 
 
 def device() -> torch.device:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rlsae.artifacts import MANIFEST, PROVENANCE, Manifest, artifact_id, stored_bytes
 from rlsae.errors import RlsaeError
 from rlsae.layout import LAYER_KEYS, WIDTH_KEYS, model_of
+from rlsae.statistics import OUTLIER
 
 PIECES, PIECE_ROWS = 16, 4096
 """Rows are sampled in pieces spread evenly over a layer: at most 65,536 of them."""
@@ -27,8 +28,6 @@ CONTEXT = 12
 """Tokens on either side of the row that is shown in its context."""
 SHOWN_TOKENS = 64
 """Tokens of the document that is shown."""
-OUTLIER = 10.0
-"""A row is an outlier when its norm is above so many medians: attention sinks have such rows (Sun et al. 2024)."""
 MADE_BY = ("rlsae", "commit", "device", "threads", "wall_seconds", "peak_memory_mb")
 SIZES = {"layers": LAYER_KEYS, "width": WIDTH_KEYS, "vocabulary": ("vocab_size",)}
 """What configurations of transformers call these, by family."""

@@ -1,4 +1,4 @@
-"""Uncertainty of averages."""
+"""Uncertainty of averages, and what counts as an outlier."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 2000
+OUTLIER = 10
+"""A row is an outlier when its norm is above so many medians: attention sinks have such rows (Sun et al. 2024)."""
 
 
 def bootstrap_ci95(values: NDArray[np.floating], seed: int = 0) -> list[float]:

@@ -1,4 +1,4 @@
-"""Verbs that look at configurations and results."""
+"""Verbs that look at configurations and results, and take results elsewhere."""
 
 from __future__ import annotations
 
@@ -99,6 +99,22 @@ def verify_artifact(artifact: ArtifactFolder) -> None:
     typer.echo(summary)
     if problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    dictionaries: Annotated[list[Path], typer.Argument(help="Folders of dictionaries.", metavar="PATH...")],
+    hub_layout: Annotated[Path, typer.Option(help="Folder to write, empty or not there.")],
+    license_id: Annotated[str | None, typer.Option("--license", help="Licence on the card, as the hub names it: mit.")] = None,
+) -> None:
+    """Write dictionaries as a folder to upload to a model hub, with a model card; SAELens loads each by the name it prints.
+
+    Example: rlsae export results/dictionaries/tiny.reviews/mlp/layers-2-3/layer3/small --hub-layout upload --license mit
+    """
+    from rlsae.sae.hub import export as write
+
+    for name in write(dictionaries, hub_layout, license_id):
+        typer.echo(name)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -26,6 +27,11 @@ class Dictionary(Entry):
     sparsity_warmup_share: Share = Field(
         0.0,
         description="Share of the run over which the weight of the sparsity rises, or k falls from the channels to its value.",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Of the factors of matrix products; weights, sums and the optimizer are float32. bfloat16 is faster on "
+        "GPUs, and on CPUs with instructions for it.",
     )
     max_grad_norm: PositiveNumber | None = Field(
         0.01,
@@ -116,8 +122,8 @@ class JumpReluDictionary(Dictionary):
     architecture: Literal["jumprelu"] = Field(description="A learned threshold for each latent.")
     l0: PositiveNumber = Field(32.0, description="Active latents per row that the thresholds aim at.")
     l0_weight: Weight = Field(1.0, description="Weight of the squared relative distance from that number.")
-    bandwidth: PositiveNumber = Field(0.01, description="Width of the kernel that gives the thresholds their gradient.")
-    sparsity_warmup_share: Share = Field(0.1, description="Share of the run over which l0_weight rises to its value.")
+    bandwidth: PositiveNumber = Field(0.1, description="Width around a threshold in which values give it a gradient.")
+    sparsity_warmup_share: Share = Field(0.5, description="Share of the run over which l0_weight rises to its value.")
 
 
 class GatedDictionary(Dictionary):
@@ -144,6 +150,10 @@ class ExternalDictionary(Entry):
         except (KeyError, IndexError, ValueError):
             raise ValueError("only {layer} and {policy} may stand in braces") from None
         return path
+
+    def folder(self, layer: int | str, policy: str) -> Path:
+        """The folder of one layer and policy."""
+        return Path(self.path.format(layer=layer, policy=policy))
 
 
 def _default_architecture(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from rlsae.config.entry import (
     ActivationName,
@@ -101,6 +101,9 @@ class Interpretation(Entry):
     examples: Positive = Field(10, description="Top activating windows per latent.")
     window: Positive = Field(16, description="Tokens per window.")
     top_tokens: Positive = Field(8, description="Tokens that the explanation names.")
+    random_sets: Annotated[int, Field(ge=0)] = Field(
+        19, description="Random sets of equally dense latents that are ablated beside the tagged ones; 0: no ablation."
+    )
 
 
 class Study(Entry):
@@ -112,6 +115,13 @@ class Study(Entry):
     dictionaries: DictionaryNames = Field(description="Dictionary recipes to train on both policies.")
     sizes: Sizes | None = Field(None, description="Which two dictionaries are the paper's small and big.")
     interpretation: Interpretation = Field(Interpretation(), description="How many latents to explain, and how.")
+
+    @field_validator("dictionaries")
+    @classmethod
+    def _distinct(cls, names: list[str]) -> list[str]:
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{twice[0]!r} is named twice")
+        return names
 
     @property
     def base(self) -> str:

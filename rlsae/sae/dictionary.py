@@ -46,7 +46,11 @@ class SparseAutoencoder:
 
     def encode(self, acts_BD: Tensor) -> Tensor:
         """Latents [B, F] of raw activations."""
-        return self.activation(torch.addmm(self.b_enc_F, acts_BD, self.W_enc_DF))
+        return self.activation(self.pre_activations(acts_BD))
+
+    def pre_activations(self, acts_BD: Tensor) -> Tensor:
+        """What the activation function makes latents of [B, F]."""
+        return torch.addmm(self.b_enc_F, acts_BD, self.W_enc_DF)
 
     def decode(self, latents_BF: Tensor) -> Tensor:
         """Reconstructed activations [B, D]."""

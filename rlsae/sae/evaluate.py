@@ -1,15 +1,17 @@
 """How good a dictionary is, on rows and documents that did not train it.
 
-Shapes: B rows, T positions, N tokens, D channels, F latents, V vocabulary.
+Shapes: B rows, T positions, N tokens, M documents, D channels, F latents, V vocabulary, R replacements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -17,17 +19,17 @@ from transformers import PreTrainedModel
 from rlsae.activations.extract import length_buckets, padded
 from rlsae.activations.store import ActivationStore
 from rlsae.activations.tokens import Tokens
-from rlsae.models import Hook, load, replace_output
+from rlsae.models import Hook, computed_once, load, replace_output
 from rlsae.sae.dictionary import SparseAutoencoder
+from rlsae.statistics import OUTLIER
 
+Array = NDArray[np.float64]
 ROWS = 8192
 """Rows that are encoded at once."""
 CE_DOCUMENTS = 128
-"""Held-out documents of `recovered`."""
+"""Held-out documents on which replacements are measured."""
 DENSE = 0.1
 """Share of rows above which a latent counts as dense."""
-OUTLIER = 10
-"""Times the median norm above which a row counts as an outlier."""
 
 
 def held_out_batches(store: ActivationStore, layer: int, where: torch.device) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -90,48 +92,77 @@ def held_out_quality(
     return scores, density_F
 
 
+@dataclass(frozen=True)
+class ReplacementCosts:
+    """What replacements of a hooked output cost a model, summed over the tokens of each document."""
+
+    clean_M: Array
+    """Next-token loss of the model as it is."""
+    loss_RM: Array
+    """The same with each replacement; the first is by zeros."""
+    divergence_RM: Array
+    """KL(clean ‖ replaced) of the next token's distribution."""
+
+    def recovered(self, weights_XM: Array) -> dict[str, Array]:
+        """`ce_recovered` and `kl_recovered` [X, R - 1] of all but zeros, where document m counts weights[x, m] times.
+
+        (CE_zero - CE) / (CE_zero - CE_clean) and 1 - KL / KL_zero: 1 is as good as the original, 0 no better than zeros.
+        """
+        clean_X = weights_XM @ self.clean_M
+        loss_RX, divergence_RX = self.loss_RM @ weights_XM.T, self.divergence_RM @ weights_XM.T
+        return {
+            "ce_recovered": ((loss_RX[0] - loss_RX[1:]) / (loss_RX[0] - clean_X)).T,
+            "kl_recovered": (1 - divergence_RX[1:] / divergence_RX[0]).T,
+        }
+
+
 @torch.inference_mode()
+def replacement_costs(
+    saes: list[SparseAutoencoder], model: PreTrainedModel, tokens: Tokens, layer: int, hook: Hook
+) -> ReplacementCosts:
+    """Costs on the first held-out documents of zeros and of each dictionary's reconstruction in place of the hooked output."""
+    documents = np.flatnonzero(tokens.held_out)[:CE_DOCUMENTS]
+    tokens = replace(tokens, token=tokens.token[: tokens.start[documents[-1] + 1]])  # in one read
+    replacements = [torch.zeros_like, *(_reconstruction(sae) for sae in saes)]
+    clean_M = np.zeros(len(documents))
+    loss_RM, divergence_RM = np.zeros((2, len(replacements), len(documents)))
+    lengths = np.diff(tokens.start)
+    for batch in length_buckets(tokens, documents.tolist()):
+        places, ids_BT = np.searchsorted(documents, batch), padded(tokens, batch).to(model.device)
+        lengths_B = torch.from_numpy(lengths[batch]).to(model.device)
+        real_BT = torch.arange(1, ids_BT.shape[1], device=model.device) < lengths_B[:, None]
+        next_N = ids_BT[:, 1:][real_BT]
+        with computed_once(model, layer):
+            log_p_NV = _log_probabilities(model, ids_BT, real_BT)
+            clean_M[places] = _by_document(F.nll_loss(log_p_NV, next_N, reduction="none"), real_BT)
+            for number, function in enumerate(replacements):
+                with replace_output(model, layer, hook, function):
+                    log_q_NV = _log_probabilities(model, ids_BT, real_BT)
+                loss_RM[number, places] = _by_document(F.nll_loss(log_q_NV, next_N, reduction="none"), real_BT)
+                kl_N = F.kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(1)
+                divergence_RM[number, places] = _by_document(kl_N, real_BT)
+    return ReplacementCosts(clean_M, loss_RM, divergence_RM)
+
+
 def recovered(
     saes: list[SparseAutoencoder], weights: Path, tokens_folder: Path, layer: int, hook: Hook, where: torch.device
 ) -> list[dict[str, float]]:
-    """How well each dictionary serves the model when its reconstruction replaces the hooked output.
-
-    `ce_recovered` = (CE_zero - CE_sae) / (CE_zero - CE_clean) of the next-token loss, `kl_recovered` = 1 - KL_sae / KL_zero of
-    KL(clean ‖ replaced) of the next token's distribution: 1 is as good as the original, 0 no better than zeros. Measured on
-    the first held-out documents.
-    """
-    tokens = Tokens.open(tokens_folder)
-    model, _ = load(weights, where)
-    documents = np.flatnonzero(tokens.held_out)[:CE_DOCUMENTS]
-    replacements = [torch.zeros_like, *(_reconstruction(sae) for sae in saes)]
-    clean, replaced, divergence = 0.0, np.zeros(len(replacements)), np.zeros(len(replacements))
-    for batch in length_buckets(tokens, documents.tolist()):
-        ids_BT = padded(tokens, batch).to(where)
-        lengths_B = torch.tensor([len(tokens.ids(document)) for document in batch], device=where)
-        real_BT = torch.arange(1, ids_BT.shape[1], device=where) < lengths_B[:, None]
-        next_N = ids_BT[:, 1:][real_BT]
-        clean_NV = _logits(model, ids_BT, real_BT)
-        clean += F.cross_entropy(clean_NV, next_N, reduction="sum").item()
-        log_p_NV = clean_NV.log_softmax(1)
-        for number, function in enumerate(replacements):
-            with replace_output(model, layer, hook, function):
-                logits_NV = _logits(model, ids_BT, real_BT)
-            replaced[number] += F.cross_entropy(logits_NV, next_N, reduction="sum").item()
-            log_q_NV = logits_NV.log_softmax(1)
-            divergence[number] += F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True).item()
-    return [
-        {
-            "ce_recovered": float((replaced[0] - loss) / (replaced[0] - clean)),
-            "kl_recovered": float(1 - kl / divergence[0]),
-        }
-        for loss, kl in zip(replaced[1:], divergence[1:], strict=True)
-    ]
+    """How well each dictionary serves its own model when its reconstruction replaces the hooked output."""
+    costs = replacement_costs(saes, load(weights, where)[0], Tokens.open(tokens_folder), layer, hook)
+    scores = costs.recovered(np.ones((1, len(costs.clean_M))))
+    return [{name: float(values[0, number]) for name, values in scores.items()} for number in range(len(saes))]
 
 
 def _reconstruction(sae: SparseAutoencoder) -> Callable[[Tensor], Tensor]:
     return lambda acts_BTD: sae.decode(sae.encode(acts_BTD.flatten(0, 1))).view_as(acts_BTD)
 
 
-def _logits(model: PreTrainedModel, ids_BT: Tensor, real_BT: Tensor) -> Tensor:
-    """Logits [N, V] of the N tokens that follow another one."""
-    return model(input_ids=ids_BT, use_cache=False).logits[:, :-1][real_BT].float()
+def _log_probabilities(model: PreTrainedModel, ids_BT: Tensor, real_BT: Tensor) -> Tensor:
+    """Of the N tokens that follow another one [N, V]."""
+    return model(input_ids=ids_BT, use_cache=False).logits[:, :-1][real_BT].float().log_softmax(1)
+
+
+def _by_document(values_N: Tensor, real_BT: Tensor) -> Array:
+    """Sums [B] of the values of each document's tokens."""
+    grid_BT = torch.zeros(real_BT.shape, dtype=torch.float64, device=real_BT.device)
+    return grid_BT.masked_scatter(real_BT, values_N.double()).sum(1).cpu().numpy()

@@ -26,7 +26,7 @@ class Gated(Autograd):
     unit_length = True
 
     def __init__(self, channels: int, latents: int, entry: GatedDictionary, seed: int, device: torch.device) -> None:
-        super().__init__(channels, latents, seed, device)
+        super().__init__(channels, latents, entry, seed, device)
         self.l1 = entry.l1
         self.r_mag_F = torch.zeros(latents, device=device).requires_grad_()
         self.b_mag_F = torch.zeros(latents, device=device).requires_grad_()
@@ -35,7 +35,7 @@ class Gated(Autograd):
         return super().parameters() | {"r_mag_F": self.r_mag_F, "b_mag_F": self.b_mag_F}
 
     def loss(self, acts_BD: Tensor, strength: float) -> tuple[Tensor, Figures]:
-        pre_BF = acts_BD @ self.W_enc_FD.T
+        pre_BF = (acts_BD @ self.W_enc_FD.T).float()
         gate_BF = pre_BF + self.b_enc_F
         latents_BF = (gate_BF > 0) * torch.relu(self.r_mag_F.exp() * pre_BF + self.b_mag_F)
         mse = (acts_BD - torch.addmm(self.b_dec_D, latents_BF, self.W_dec_FD)).square().sum(1).mean()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from rlsae.config import Dictionary
 from rlsae.sae.activation_functions import ActivationFunction, ReLU
 from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.training import joint_seed
@@ -64,7 +65,9 @@ class Untied:
 
     unit_length: ClassVar[bool] = False
 
-    def __init__(self, channels: int, latents: int, seed: int, device: torch.device) -> None:
+    def __init__(self, channels: int, latents: int, entry: Dictionary, seed: int, device: torch.device) -> None:
+        self.dtype: torch.dtype = getattr(torch, entry.precision)
+        """Of the factors of matrix products."""
         self.W_dec_FD = random_directions(channels, latents, seed).to(device)
         self.W_enc_FD = self.W_dec_FD.clone()
         self.b_enc_F = torch.zeros(latents, device=device)
@@ -101,19 +104,22 @@ class Untied:
 class Autograd(Untied):
     """An architecture with decoder rows of unit length whose gradients torch derives from its `loss`."""
 
-    def __init__(self, channels: int, latents: int, seed: int, device: torch.device) -> None:
-        super().__init__(channels, latents, seed, device)
+    def __init__(self, channels: int, latents: int, entry: Dictionary, seed: int, device: torch.device) -> None:
+        super().__init__(channels, latents, entry, seed, device)
         for parameter in super().parameters().values():
             parameter.requires_grad_()
 
     def loss(self, acts_BD: Tensor, strength: float) -> tuple[Tensor, Figures]:
+        """Runs under autocast: products come in `dtype`, and are summed as float32."""
         raise NotImplementedError
 
     def backward(self, acts_BD: Tensor, strength: float = 1.0) -> Figures:
         for parameter in self.parameters().values():
             parameter.grad = None
+        narrow = self.dtype != torch.float32
         with torch.enable_grad():
-            loss, figures = self.loss(acts_BD, strength)
+            with torch.autocast(acts_BD.device.type, self.dtype if narrow else None, enabled=narrow):
+                loss, figures = self.loss(acts_BD, strength)
             loss.backward()
         assert self.W_dec_FD.grad is not None
         without_parallel_part(self.W_dec_FD.grad, self.W_dec_FD.detach())

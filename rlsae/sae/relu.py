@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlsae.config import ReluDictionary
+from rlsae.sae.dense_code import relu_, relu_backward_
 from rlsae.sae.member import Figures, Untied
 
 
@@ -22,27 +23,25 @@ class Relu(Untied):
     unit_length = True
 
     def __init__(self, channels: int, latents: int, entry: ReluDictionary, seed: int, device: torch.device) -> None:
-        super().__init__(channels, latents, seed, device)
+        super().__init__(channels, latents, entry, seed, device)
         self.l1 = entry.l1
-        self._latents_BF = torch.empty(entry.batch_rows, latents, device=device)
+        self._latents_BF = torch.empty(entry.batch_rows, latents, device=device, dtype=self.dtype)
         self._grad_BF = torch.empty_like(self._latents_BF)
-        self._error_BD = torch.empty(entry.batch_rows, channels, device=device)
+        self._rebuilt_BD = torch.empty(entry.batch_rows, channels, device=device, dtype=self.dtype)
 
     def backward(self, acts_BD: Tensor, strength: float = 1.0) -> Figures:
         rows = len(acts_BD)
-        latents_BF = torch.addmm(self.b_enc_F, acts_BD, self.W_enc_FD.T, out=self._latents_BF).relu_()
-        error_BD = torch.addmm(self.b_dec_D, latents_BF, self.W_dec_FD, out=self._error_BD).sub_(acts_BD)
-        norm_F, mean_F = self.W_dec_FD.norm(dim=1), latents_BF.sum(0).div_(rows)
-        figures = {
-            "mse": error_BD.square().sum() / rows,
-            "l1": mean_F @ norm_F,
-            "l0": torch.sign(latents_BF, out=self._grad_BF).sum() / rows,  # a tenth of the time of count_nonzero
-        }
+        x_BD, W_enc_FD, W_dec_FD = (factor.to(self.dtype) for factor in (acts_BD, self.W_enc_FD, self.W_dec_FD))
+        latents_BF = torch.mm(x_BD, W_enc_FD.T, out=self._latents_BF)
+        sum_F, active = relu_(latents_BF, self.b_enc_F)
+        error_BD = torch.mm(latents_BF, W_dec_FD, out=self._rebuilt_BD).float().add_(self.b_dec_D).sub_(acts_BD)
+        norm_F, mean_F = self.W_dec_FD.norm(dim=1), sum_F / rows
+        figures = {"mse": error_BD.square().sum() / rows, "l1": mean_F @ norm_F, "l0": active / rows}
         l1 = strength * self.l1
-        error_BD.mul_(2 / rows)  # now ∂L/∂x̂
-        grad_BF = torch.addmm(norm_F, error_BD, self.W_dec_FD.T, beta=l1 / rows, out=self._grad_BF)
-        torch.ops.aten.threshold_backward.grad_input(grad_BF, latents_BF, 0, grad_input=grad_BF)  # ReLU
-        grad_norm_FD = self.W_dec_FD * (l1 * mean_F / norm_F.clamp_min(1e-12))[:, None]
-        self.W_enc_FD.grad, self.b_enc_F.grad = torch.mm(grad_BF.T, acts_BD), grad_BF.sum(0)
-        self.W_dec_FD.grad, self.b_dec_D.grad = grad_norm_FD.addmm_(latents_BF.T, error_BD), error_BD.sum(0)
+        grad_BD = error_BD.mul_(2 / rows).to(self.dtype)
+        grad_BF = torch.mm(grad_BD, W_dec_FD.T, out=self._grad_BF)
+        self.b_enc_F.grad = relu_backward_(grad_BF, latents_BF, l1 / rows * norm_F)
+        self.W_enc_FD.grad, self.b_dec_D.grad = torch.mm(grad_BF.T, x_BD).float(), error_BD.sum(0)
+        grad_norm_F = l1 * mean_F / norm_F.clamp_min(1e-12)
+        self.W_dec_FD.grad = torch.mm(latents_BF.T, grad_BD).float().addcmul_(self.W_dec_FD, grad_norm_F[:, None])
         return figures

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from rlsae.config import TiedReluDictionary
+from rlsae.sae.dense_code import relu_, relu_backward_
 from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.sae.member import Figures, random_directions, without_parallel_part
 
@@ -26,13 +27,13 @@ class TiedRelu:
     unit_length: ClassVar[bool] = False
 
     def __init__(self, channels: int, latents: int, entry: TiedReluDictionary, seed: int, device: torch.device) -> None:
-        self.l1 = entry.l1
+        self.l1, self.dtype = entry.l1, getattr(torch, entry.precision)
         self.W_FD = random_directions(channels, latents, seed).to(device)
         self.b_enc_F = torch.zeros(latents, device=device)
         self.b_dec_D = torch.zeros(channels, device=device)
-        self._latents_BF = torch.empty(entry.batch_rows, latents, device=device)
+        self._latents_BF = torch.empty(entry.batch_rows, latents, device=device, dtype=self.dtype)
         self._grad_BF = torch.empty_like(self._latents_BF)
-        self._error_BD = torch.empty(entry.batch_rows, channels, device=device)
+        self._rebuilt_BD = torch.empty(entry.batch_rows, channels, device=device, dtype=self.dtype)
 
     def parameters(self) -> dict[str, Tensor]:
         return {"W_FD": self.W_FD, "b_enc_F": self.b_enc_F, "b_dec_D": self.b_dec_D}
@@ -42,19 +43,17 @@ class TiedRelu:
 
     def backward(self, acts_BD: Tensor, strength: float = 1.0) -> Figures:
         rows, channels = acts_BD.shape
-        latents_BF = torch.addmm(self.b_enc_F, acts_BD, self.W_FD.T, out=self._latents_BF).relu_()
-        error_BD = torch.addmm(self.b_dec_D, latents_BF, self.W_FD, out=self._error_BD).sub_(acts_BD)
-        figures = {
-            "mse": error_BD.square().mean(),
-            "l1": latents_BF.sum() / rows,
-            "l0": torch.sign(latents_BF, out=self._grad_BF).sum() / rows,  # a tenth of the time of count_nonzero
-        }
-        error_BD.mul_(2 / (rows * channels))  # now ∂L/∂x̂
-        grad_BF = torch.mm(error_BD, self.W_FD.T, out=self._grad_BF).add_(strength * self.l1 / rows)
-        torch.ops.aten.threshold_backward.grad_input(grad_BF, latents_BF, 0, grad_input=grad_BF)  # ReLU
-        grad_FD = torch.mm(latents_BF.T, error_BD).addmm_(grad_BF.T, acts_BD)
+        x_BD, W_FD = acts_BD.to(self.dtype), self.W_FD.to(self.dtype)
+        latents_BF = torch.mm(x_BD, W_FD.T, out=self._latents_BF)
+        sum_F, active = relu_(latents_BF, self.b_enc_F)
+        error_BD = torch.mm(latents_BF, W_FD, out=self._rebuilt_BD).float().add_(self.b_dec_D).sub_(acts_BD)
+        figures = {"mse": error_BD.square().mean(), "l1": sum_F.sum() / rows, "l0": active / rows}
+        grad_BD = error_BD.mul_(2 / (rows * channels)).to(self.dtype)
+        grad_BF = torch.mm(grad_BD, W_FD.T, out=self._grad_BF)
+        self.b_enc_F.grad = relu_backward_(grad_BF, latents_BF, torch.full_like(self.b_enc_F, strength * self.l1 / rows))
+        grad_FD = torch.mm(latents_BF.T, grad_BD).addmm_(grad_BF.T, x_BD).float()
         self.W_FD.grad = without_parallel_part(grad_FD, self.W_FD)
-        self.b_enc_F.grad, self.b_dec_D.grad = grad_BF.sum(0), error_BD.sum(0)
+        self.b_dec_D.grad = error_BD.sum(0)
         return figures
 
     def constrain(self) -> None:

@@ -26,7 +26,7 @@ class TopK(Untied):
     """One member in training, with its gradients in closed form."""
 
     def __init__(self, channels: int, latents: int, entry: TopKFamily, seed: int, device: torch.device) -> None:
-        super().__init__(channels, latents, seed, device)
+        super().__init__(channels, latents, entry, seed, device)
         self.k, self.auxk_weight, self.dead_rows = entry.k, entry.auxk_weight, entry.dead_rows
         self.silent_F = torch.zeros(latents, dtype=torch.int64, device=device)
         """Rows since a latent fired."""
@@ -37,7 +37,7 @@ class TopK(Untied):
 
     def backward(self, acts_BD: Tensor, strength: float = 1.0) -> Figures:
         rows, latents = len(acts_BD), len(self.W_dec_FD)
-        pre_BF = torch.addmm(self.b_enc_F, acts_BD, self.W_enc_FD.T, out=self._pre_BF)
+        pre_BF = self.encode(acts_BD)
         code = self.select(pre_BF, strength)
         writing, error_BD, grad_BMD = self.reconstruct(code, acts_BD)
         grad_RD = grad_BMD.flatten(0, 1)
@@ -58,6 +58,13 @@ class TopK(Untied):
             "l0": code.value_N.sign().sum() / rows,
             "dead_share": (self.silent_F > self.dead_rows).float().mean(),
         }
+
+    def encode(self, acts_BD: Tensor) -> Tensor:
+        """Pre-activations [B, F], in one buffer; the only product whose time `precision` changes, since others are sparse."""
+        if self.dtype == torch.float32:
+            return torch.addmm(self.b_enc_F, acts_BD, self.W_enc_FD.T, out=self._pre_BF)
+        without_bias_BF = torch.mm(acts_BD.to(self.dtype), self.W_enc_FD.to(self.dtype).T)
+        return torch.add(without_bias_BF, self.b_enc_F, out=self._pre_BF)
 
     def k_now(self, strength: float) -> float:
         """Latents per row while k falls from the channels to its value."""

@@ -50,8 +50,10 @@ def build_dictionaries(
         start: dictionaries artifact of the base policy that training continues, for `start: from_base`.
         source: folder of an external autoencoder.
 
-    Writes `saes/seed{s}/` (SAELens format) and `metrics.parquet`, the training curves.
+    Writes `saes/seed{s}/` (SAELens format), `metrics.parquet`, the training curves, and `figures/`.
     """
+    from rlsae.sae import figures  # half a second of matplotlib that other stages, which read dictionaries, need not wait for
+
     inputs = {"activations": activations, "tokens": tokens}
     inputs |= {name: path for name, path in (("start", start), ("source", source)) if path}
     with Stage("dictionaries", out, settings, inputs, work, STATE_VERSION) as stage:
@@ -81,7 +83,7 @@ def build_dictionaries(
         curves.to_parquet(stage.staging / "metrics.parquet", index=False)
         hook, modules = store.group.attrs["hook"], store.group.attrs["modules"]
         replaced = recovered(list(saes.values()), weights, tokens, layer, hook, where)
-        metrics = {}
+        metrics, densities = {}, {}
         for (seed, sae), in_the_model in zip(saes.items(), replaced, strict=True):
             metadata = {
                 **sae.metadata,
@@ -94,6 +96,8 @@ def build_dictionaries(
             quality, density_F = held_out_quality(sae, store, layer, where)
             replace(sae, metadata=metadata).save(stage.staging / SAES / f"seed{seed}", density_F)
             metrics[f"seed{seed}"] = {**quality, **in_the_model, **scores}
+            densities[seed] = density_F.cpu().numpy()
+        figures.save(stage.staging / "figures", densities, curves)
         stage.details["device"] = str(where)
         stage.publish(metrics)
 
@@ -243,9 +247,9 @@ def centre_and_scale(store: ActivationStore, layer: int, normalize: bool, where:
 
 def _normalised(order: RowOrder, from_step: int, mean_D: Tensor, scale: float, where: torch.device) -> Iterator[Tensor]:
     """Centred and scaled rows of each step in float32, in one buffer that the next step overwrites."""
-    acts_BD = torch.empty(order.batch_rows, order.shape[1], device=where)
+    acts_BD, shift_D = torch.empty(order.batch_rows, order.shape[1], device=where), -scale * mean_D
     for batch_BD in order.batches(from_step):
-        yield acts_BD.copy_(torch.from_numpy(batch_BD)).sub_(mean_D).mul_(scale)
+        yield torch.add(shift_D, acts_BD.copy_(torch.from_numpy(batch_BD)), alpha=scale, out=acts_BD)
 
 
 def _adam(parameters: dict[str, Tensor], learning_rate: float) -> torch.optim.Optimizer:

@@ -23,8 +23,10 @@ from rlsae import compute
 from tests.benchmarks.sae_trainers import Options
 from tests.interop import peers
 
-SHAPES = {512: (2048, 8), 128: (512, 40)}
-"""Latents, and steps of a round, by channels."""
+LATENTS = {512: 2048, 128: 512}
+"""By channels."""
+STEPS = {"relu": {512: 8, 128: 40}, "topk": {512: 4, 128: 10}, "batchtopk": {512: 4, 128: 10}}
+"""Of a round, by architecture and channels: about a second of the slowest peer."""
 PEERS = {
     "relu": ["sae_lens", "dictionary_learning"],
     "topk": ["sae_lens", "dictionary_learning", "sparsify"],
@@ -66,7 +68,8 @@ class Worker:
 
 def contenders(architecture: str, options: Options, given: str) -> dict[str, Options]:
     """Who takes turns, by name. `given`: the setting of matrix products that rlsae finds to be exact."""
-    with_library = {"rlsae": dataclasses.replace(options, library="rlsae")}
+    ours = dataclasses.replace(options, library="rlsae")
+    with_library = {"rlsae": ours, "rlsae, bfloat16": dataclasses.replace(ours, precision="bfloat16")}
     for peer in PEERS[architecture]:
         with_library[peer] = dataclasses.replace(options, library=peer)
         with_library[f"{peer}, same products"] = dataclasses.replace(options, library=peer, precision=given)
@@ -94,9 +97,9 @@ def measure(found: dict[str, Options], rounds: int) -> dict[str, list[float]]:
             worker.stop()
 
 
-def ratio(times: dict[str, list[float]], name: str) -> float:
+def ratio(times: dict[str, list[float]], name: str, ours: str = "rlsae") -> float:
     """How many times faster rlsae is than another, as the median over the rounds."""
-    return statistics.median(other / ours for other, ours in zip(times[name], times["rlsae"], strict=True))
+    return statistics.median(other / own for other, own in zip(times[name], times[ours], strict=True))
 
 
 def report(times: dict[str, list[float]], batch_rows: int) -> None:
@@ -108,7 +111,9 @@ def report(times: dict[str, list[float]], batch_rows: int) -> None:
         min(ratio(times, name) for name in times if name.startswith(tuple(PEERS["topk"])) and ("same" in name) == same)
         for same in (False, True)
     )
-    print(f"\nAgainst the best peer as shipped {shipped:.2f}, with the same products {given:.2f}.\n")
+    print(f"\nAgainst the best peer as shipped {shipped:.2f}, with the same products {given:.2f}.")
+    share = ratio(times, "five products in bfloat16", "rlsae, bfloat16")
+    print(f"In bfloat16 {share:.2f} times the speed of its five products.\n")
 
 
 def main() -> None:
@@ -116,18 +121,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch-rows", type=int, default=4096)
     parser.add_argument("--architectures", nargs="+", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--channels", nargs="+", type=int, default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--channels", nargs="+", type=int, default=list(LATENTS), choices=list(LATENTS))
     given = parser.parse_args()
     if not peers.PYTHON.exists():
         raise SystemExit(peers.MISSING)
     exact = "medium" if compute.medium_is_exact() else "highest"
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, matrix products {exact}")
     for channels in given.channels:
-        latents, steps = SHAPES[channels]
         for architecture in given.architectures:
-            options = Options("", architecture, channels, latents, given.batch_rows, 1_000_000, round_steps=steps)
-            print(f"\n### {architecture}, {channels} channels, {latents} latents, batches of {given.batch_rows} rows, ", end="")
-            print(f"k = {options.k}, load average {os.getloadavg()[0]:.1f}\n", flush=True)
+            steps = STEPS[architecture][channels]
+            options = Options("", architecture, channels, LATENTS[channels], given.batch_rows, 1_000_000, round_steps=steps)
+            print(f"\n### {architecture}, {channels} channels, {options.latents} latents, ", end="")
+            print(f"batches of {given.batch_rows} rows, k = {options.k}, load average {os.getloadavg()[0]:.1f}\n", flush=True)
             report(measure(contenders(architecture, options, exact), given.rounds), given.batch_rows)
 
 

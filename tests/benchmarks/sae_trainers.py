@@ -1,9 +1,12 @@
 """Trainers of several libraries behind one interface, each run by the interpreter that has it.
 
-`python -m tests.benchmarks.sae_trainers '{"library": "sparsify", ...}'` trains on rows in memory, every library in the same
-order, and saves the autoencoder in its own format; or it trains in rounds: at each line that it reads it takes some steps
-and prints their seconds, so that several trainers can take turns. Each runs the loop that its library ships, but for
-sparsify, whose loop cannot be told from its language model: its steps are written out here.
+`python -m tests.benchmarks.sae_trainers '{"library": "sparsify", ...}' ...` trains on rows in memory, one argument after the
+other, every library in the same order, and saves the autoencoders in the library's own format; or it trains in rounds: at each
+line that it reads it takes some steps and prints their seconds, so that several trainers can take turns. Each runs the loop
+that its library ships, but for sparsify, whose loop cannot be told from its language model: its steps are written out here.
+
+Rows come centred, with a mean variance of 1 per channel, as rlsae and SAELens want them; dictionary_learning gets them with a
+mean squared length of 1, as it normalises them itself.
 
 Shapes: N rows, B rows of a batch, D channels, F latents.
 """
@@ -28,6 +31,8 @@ import torch
 
 WARMUP, DECAY = 0.05, 0.2
 """Shares of the run with rising and with falling learning rate."""
+SPARSITY_WARMUP = 0.1
+"""Share of the run with rising weight of the sparsity."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +44,11 @@ class Options:
     batch_rows: int
     steps: int
     k: int = 32
-    l1: float = 0.1
-    """Beside the squared error of a row, where rows have a mean squared length of 1."""
+    """Of jumprelu the L0 that it aims at."""
+    sparsity: float = 0.1
+    """Weight of L1, or of jumprelu's (L0 / k - 1)², beside the squared error of rows of mean squared length 1."""
+    variant: str = ""
+    """Which of its trainers, where a library has several."""
     learning_rate: float = 1e-3
     seed: int = 0
     precision: str = "highest"
@@ -98,8 +106,13 @@ def rlsae(options: Options, rows: Rows) -> None:
     settings: dict[str, Any] = {"architecture": options.architecture, "seeds": [options.seed]}
     settings |= {"expansion": options.latents / options.channels, "batch_rows": options.batch_rows}
     settings |= {"learning_rate": options.learning_rate, "warmup_share": WARMUP, "decay_share": DECAY}
-    own = {"relu": "l1", "tied_relu": "l1", "gated": "l1", "jumprelu": "l0"}.get(options.architecture, "k")
-    settings[own] = options.l1 if own == "l1" else options.k
+    settings["precision"] = "bfloat16" if options.precision == "bfloat16" else "float32"
+    settings |= {
+        "relu": {"l1": options.sparsity},
+        "tied_relu": {"l1": options.sparsity * options.channels**-0.5},
+        "gated": {"l1": options.sparsity},
+        "jumprelu": {"l0": options.k, "l0_weight": options.sparsity},
+    }.get(options.architecture, {"k": options.k})
     entry = parse_settings(AnyDictionary, json.dumps(settings))
     members = new_members(entry, options.channels, "benchmark", torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder, Stage("benchmark", Path(folder) / "out", {}, {}) as stage:
@@ -118,8 +131,14 @@ def sae_lens(options: Options, rows: Rows) -> None:
     name = {"relu": "standard"}.get(options.architecture, options.architecture)
     sae_class, config_class = get_sae_training_class(name)
     own: dict[str, Any] = {"k": options.k}
-    if options.architecture == "relu":
-        own = {"l1_coefficient": options.l1 * options.channels**0.5, "l1_warm_up_steps": round(0.1 * options.steps)}
+    sparsity_warmup = round(SPARSITY_WARMUP * options.steps)
+    if options.architecture in ("relu", "gated"):
+        own = {"l1_coefficient": options.sparsity * options.channels**0.5, "l1_warm_up_steps": sparsity_warmup}
+    elif options.architecture == "jumprelu":
+        # Its quadratic loss is 2 k (L0 / k - 1)² of each row; the slope of its step loss at L0 = 2 k is that of ours.
+        weight = options.sparsity * options.channels * {"step": 2, "quadratic": 0.5}[options.variant] / options.k
+        own = {"l0_coefficient": weight, "l0_warm_up_steps": sparsity_warmup}
+        own |= {"jumprelu_sparsity_loss_mode": options.variant, "target_l0": options.k}
     torch.manual_seed(options.seed)
     sae = sae_class(config_class(d_in=options.channels, d_sae=options.latents, normalize_activations="none", **own))
     config = SAETrainerConfig(
@@ -137,15 +156,23 @@ def sae_lens(options: Options, rows: Rows) -> None:
 
 def dictionary_learning(options: Options, rows: Rows) -> None:
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
-    from dictionary_learning.trainers.standard import StandardTrainer
+    from dictionary_learning.trainers.gdm import GatedSAETrainer
+    from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+    from dictionary_learning.trainers.standard import StandardTrainer, StandardTrainerAprilUpdate
     from dictionary_learning.trainers.top_k import TopKTrainer
 
-    own: dict[str, Any] = {"k": options.k}
-    if options.architecture == "relu":
-        own = {"l1_penalty": options.l1 * options.channels**0.5, "sparsity_warmup_steps": round(0.1 * options.steps)}
-    else:
-        own["threshold_start_step"] = min(1000, options.steps // 2)
-    kind = {"relu": StandardTrainer, "topk": TopKTrainer, "batchtopk": BatchTopKTrainer}[options.architecture]
+    top_k = {"k": options.k, "threshold_start_step": min(1000, options.steps // 2)}
+    warmup = {"sparsity_warmup_steps": round(SPARSITY_WARMUP * options.steps)}
+    l1 = warmup | {"l1_penalty": options.sparsity}
+    kind, own = {
+        "relu": (StandardTrainerAprilUpdate if options.variant == "april" else StandardTrainer, l1),
+        "gated": (GatedSAETrainer, l1),
+        "jumprelu": (JumpReluTrainer, warmup | {"sparsity_penalty": options.sparsity, "target_l0": options.k}),
+        "topk": (TopKTrainer, top_k),
+        "batchtopk": (BatchTopKTrainer, top_k),
+    }[options.architecture]
+    rows.rows_ND *= options.channels**-0.5
+    torch.manual_seed(options.seed)  # not every trainer does
     trainer = kind(
         steps=options.steps,
         activation_dim=options.channels,
@@ -161,6 +188,7 @@ def dictionary_learning(options: Options, rows: Rows) -> None:
     )
     for step, acts_BD in enumerate(rows.tensors()):
         trainer.update(step, acts_BD)
+    trainer.ae.scale_biases(options.channels**0.5)
     if options.out:
         folder = Path(options.out)
         folder.mkdir(parents=True)
@@ -226,10 +254,11 @@ LIBRARIES = SimpleNamespace(
 
 
 def main() -> None:
-    options = Options(**json.loads(sys.argv[1]))
-    if options.precision != "bfloat16":
-        torch.set_float32_matmul_precision(options.precision)
-    getattr(LIBRARIES, options.library)(options, Rows(options))
+    for text in sys.argv[1:]:
+        options = Options(**json.loads(text))
+        if options.precision != "bfloat16":
+            torch.set_float32_matmul_precision(options.precision)
+        getattr(LIBRARIES, options.library)(options, Rows(options))
 
 
 if __name__ == "__main__":

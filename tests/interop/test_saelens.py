@@ -10,7 +10,7 @@ from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.sae.external import load_external
 from rlsae.sae.train import _adam
 from tests.interop import peers
-from tests.unit.small_dictionaries import ENTRIES, member_of, random_rows
+from tests.unit.small_dictionaries import DICTIONARY_LEARNING, ENTRIES, member_of, random_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not peers.PYTHON.exists(), reason=peers.MISSING)]
 CHANNELS, LATENTS, ROWS = 32, 128, 256
@@ -148,18 +148,7 @@ def test_a_dictionary_that_saelens_saved_is_read_as_it_computes(folder, rows_BD,
     assert_same(load_external(folder / kind), rows_BD, found["latents"], found["decoded"])
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "AutoEncoder",
-        "AutoEncoderNew",
-        "AutoEncoderTopK",
-        "BatchTopKSAE",
-        "GatedAutoEncoder",
-        "JumpReluAutoEncoder",
-        "MatryoshkaBatchTopKSAE",
-    ],
-)
+@pytest.mark.parametrize("kind", DICTIONARY_LEARNING)
 def test_a_dictionary_that_dictionary_learning_saved_is_read_as_it_computes(folder, rows_BD, kind):
     peers.run(WRITTEN_BY_DICTIONARY_LEARNING, folder, kind)
     found = load_file(folder / "found.safetensors")

@@ -21,6 +21,16 @@ ENTRIES = {
     "matryoshka": {"k": 3, "prefixes": [0.25, 0.5, 1.0]},
 }
 """What each architecture needs to be small."""
+DICTIONARY_LEARNING = [
+    "AutoEncoder",
+    "AutoEncoderNew",
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "GatedAutoEncoder",
+    "JumpReluAutoEncoder",
+    "MatryoshkaBatchTopKSAE",
+]
+"""The classes of dictionary_learning that can be read."""
 
 
 def entry_of(architecture="tied_relu", **changes):

@@ -16,6 +16,9 @@ SOURCES = {
     "middle.py": "from rlsae.base import double\nfrom rlsae.config import DEFAULT\n\nVALUE = double(DEFAULT)\n",
     "train.py": '"""Trains."""\n\nfrom rlsae.middle import VALUE\n\ndef train():\n    """Train."""\n    return VALUE\n',
     "other.py": "OTHER = 1\n",
+    "sae/__init__.py": "",
+    "sae/train.py": "from rlsae.sae import figures\n",
+    "sae/figures.py": "from rlsae.other import OTHER\n",
     "report/__init__.py": "",
     "report/build.py": "PAGE = 'page.html'\n",
     "report/config.py": "COLOURS = 3\n",
@@ -73,6 +76,12 @@ def test_a_change_in_a_module_that_is_not_imported_does_not_count(changed):
 
 def test_the_configuration_does_not_count_because_settings_are_parameters_of_their_own(changed):
     assert changed({"config/__init__.py": "DEFAULT = 2\n"}) == changed()
+
+
+@pytest.mark.parametrize("name", ["sae/figures.py", "other.py"])
+def test_how_the_figure_of_a_training_is_drawn_does_not_count(changed, name):
+    assert changed({name: SOURCES[name] + "x = 1\n"}, ["sae"]) == changed(modules=["sae"])
+    assert changed({"sae/train.py": "x = 1\n"}, ["sae"]) != changed(modules=["sae"])
 
 
 def test_a_module_of_a_subpackage_counts_though_it_has_the_name_of_a_neutral_one(changed):

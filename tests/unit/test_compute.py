@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlsae.compute import configure, device, medium_is_exact
+from rlsae.compute import configure, device, medium_is_exact, rounded_products
 from rlsae.progress import Progress
 
 
@@ -29,6 +29,13 @@ def test_the_faster_matmul_is_used_only_where_it_is_exact(monkeypatch, exact, pr
     monkeypatch.setattr("rlsae.compute.medium_is_exact", lambda: exact)
     configure()
     assert torch.get_float32_matmul_precision() == precision
+
+
+def test_products_are_rounded_for_a_while_only():
+    torch.set_float32_matmul_precision("highest")
+    with rounded_products():
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_the_matmul_that_is_chosen_keeps_float32_precision():

@@ -400,6 +400,16 @@ def test_studies_that_take_their_layers_from_each_other_are_refused(raw, same_as
     assert "layers.same_as: goes round in a circle: main" in mistake(raw)
 
 
+@pytest.mark.parametrize(
+    ("l1", "names", "twice"),
+    [(0.1, ["small", "big", "small"], "small"), ([0.1, 0.2], ["small", "small-l1-0p2"], "small-l1-0p2")],
+)
+def test_a_dictionary_that_a_study_names_twice_is_refused(raw, l1, names, twice):
+    raw["dictionaries"]["small"]["l1"] = l1
+    raw["studies"]["main"]["dictionaries"] = names
+    assert mistake(raw).startswith(f"studies.main.dictionaries: {twice!r} is named twice, found ['small")
+
+
 def test_the_sizes_of_a_study_are_among_its_dictionaries(raw):
     raw["studies"]["main"] |= {"dictionaries": ["small"], "sizes": {"small": "small", "big": "big"}}
     assert mistake(raw) == "studies.main.sizes: 'big' is not among its dictionaries ['small']"

@@ -9,7 +9,20 @@ import sys
 
 import pytest
 
-HEAVY = {"torch", "transformers", "zarr", "numpy", "pandas", "scipy", "sklearn", "datasets", "trl", "matplotlib", "pyarrow"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "zarr",
+    "numpy",
+    "pandas",
+    "scipy",
+    "sklearn",
+    "datasets",
+    "trl",
+    "matplotlib",
+    "pyarrow",
+    "numba",
+}
 
 
 def loaded(code):

@@ -131,7 +131,7 @@ def test_a_stronger_l1_gives_fewer_active_latents(architecture):
 def test_a_jumprelu_comes_to_the_number_of_active_latents_that_it_aims_at():
     rows_BD = random_rows(2048, CHANNELS, seed=99)
     for wanted in (2, 4):
-        latents_BF = trained("jumprelu", 1000, l0=wanted, l0_weight=CHANNELS).export().encode(rows_BD)
+        latents_BF = trained("jumprelu", 1000, l0=wanted, l0_weight=4 * CHANNELS).export().encode(rows_BD)
         assert torch.count_nonzero(latents_BF).item() / 2048 == pytest.approx(wanted, rel=0.15)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_artifacts import read_json
-from small_dictionaries import autoencoder, random_rows
+from small_dictionaries import DICTIONARY_LEARNING, autoencoder, random_rows
 
 from rlsae.errors import RlsaeError
 from rlsae.sae.activation_functions import Gated, JumpReLU, TopK
@@ -212,18 +212,7 @@ def dictionary_learning(kind):
     }[kind]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "AutoEncoder",
-        "AutoEncoderNew",
-        "AutoEncoderTopK",
-        "BatchTopKSAE",
-        "MatryoshkaBatchTopKSAE",
-        "JumpReluAutoEncoder",
-        "GatedAutoEncoder",
-    ],
-)
+@pytest.mark.parametrize("kind", DICTIONARY_LEARNING)
 def test_a_dictionary_of_dictionary_learning_is_read_as_the_function_that_it_is_there(kind, tmp_path):
     state, activation, trainer = dictionary_learning(kind)
     found = load_external(write_dictionary_learning(tmp_path / "dl", kind, state, **trainer))

@@ -7,7 +7,6 @@ import torch
 from small_dictionaries import ENTRIES, member_of, random_rows
 from torch.nn.functional import normalize
 
-from rlsae.sae import sparse_code
 from rlsae.sae.jumprelu import Step
 
 ROWS, CHANNELS, LATENTS = 32, 8, 24
@@ -151,39 +150,11 @@ def test_rows_of_unit_length_are_turned_and_not_lengthened(architecture):
     torch.testing.assert_close((W_FD.grad * W_FD).sum(1), torch.zeros(LATENTS), atol=1e-6, rtol=0)
 
 
-def test_a_threshold_learns_from_the_values_close_to_it():
+def test_a_step_passes_gradients_to_the_values_close_to_its_threshold_and_the_opposite_to_the_threshold():
     threshold_F = torch.tensor([1.0, 1.0], requires_grad=True)
     pre_BF = torch.tensor([[1.04, 0.9], [0.96, 1.2], [0.5, 1.0]], requires_grad=True)
     active_BF = Step.apply(pre_BF, threshold_F, 0.1)
     assert active_BF.tolist() == [[1, 0], [0, 1], [0, 0]]
     (active_BF * torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])).sum().backward()
     torch.testing.assert_close(threshold_F.grad, torch.tensor([-(1 + 2) / 0.1, -40 / 0.1]))
-    assert pre_BF.grad is None
-
-
-# --- selection ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0, 1.2, 100.0], ids=lambda share: f"guess at {share} of the cut")
-def test_the_largest_of_a_batch_are_found_whatever_the_guess(share):
-    pre_BF = random_rows(64, 50)
-    count = 300
-    cut = pre_BF.flatten().topk(count).values[-1].item()
-    code = sparse_code.largest_of_batch(pre_BF, count, share * cut)
-    kept_BF = torch.zeros_like(pre_BF)
-    kept_BF[code.row_N, code.latent_N] = code.value_N
-    assert torch.equal(kept_BF, largest_of_batch(pre_BF, count))
-
-
-def test_a_good_guess_spares_the_selection_among_all_values(monkeypatch):
-    pre_BF = random_rows(64, 50)
-    cut = pre_BF.flatten().topk(300).values[-1].item()
-    monkeypatch.setattr(torch.Tensor, "topk", None)
-    assert len(sparse_code.largest_of_batch(pre_BF, 300, cut).value_N) == 300
-
-
-def test_a_batch_with_fewer_positive_values_than_it_may_keep_keeps_them_all():
-    pre_BF = -random_rows(8, 20).abs()
-    pre_BF[2, 3], pre_BF[5, 7] = 0.5, 0.25
-    code = sparse_code.largest_of_batch(pre_BF, 40, last_cut=0.1)
-    assert sorted(code.value_N[code.value_N > 0].tolist()) == [0.25, 0.5]
+    torch.testing.assert_close(pre_BF.grad, torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 40.0]]) / 0.1)

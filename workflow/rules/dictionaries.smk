@@ -15,6 +15,13 @@ rule dictionary:
     output:
         saes=directory("results/dictionaries/{policy}.{corpus}/{activation}/{kind}/layer{layer}/{dictionary}/saes"),
         metrics="results/dictionaries/{policy}.{corpus}/{activation}/{kind}/layer{layer}/{dictionary}/metrics.parquet",
+        figures=report(
+            directory("results/dictionaries/{policy}.{corpus}/{activation}/{kind}/layer{layer}/{dictionary}/figures"),
+            patterns=["{figure}.svg"],
+            category="Dictionaries",
+            caption="../report/dictionary_figures.rst",
+            labels={"policy": "{policy}", "layer": "{layer}", "dictionary": "{dictionary}"},
+        ),
         manifest=ensure(
             "results/dictionaries/{policy}.{corpus}/{activation}/{kind}/layer{layer}/{dictionary}/manifest.json",
             non_empty=True,
