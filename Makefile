@@ -39,7 +39,6 @@ benchmarks: $(VENV)/installed peers
 	$(BIN)/python -m tests.benchmarks.sae_speed
 	$(BIN)/python -m tests.benchmarks.sae_quality
 	$(BIN)/python -m tests.benchmarks.write_change
-	$(BIN)/python -m tests.benchmarks.plant
 
 # Other libraries for the tests of interoperability and the benchmarks, which cannot share an environment with rlsae.
 peers: $(PEERS)/installed

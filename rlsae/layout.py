@@ -231,8 +231,10 @@ class Layout:
                     yield from found
         comparison, interpretation = RESULTS / "comparison" / study, RESULTS / "interpretation" / study
         data = [artifact.folder for artifact in [*stores, *trained]]
-        yield Artifact("comparison", comparison, self.comparison_settings(study), data)
-        yield Artifact("interpretation", interpretation, self.interpretation_settings(study), [comparison, *data])
+        yield Artifact("comparison", comparison, self.comparison_settings(study), [tokens, *data])
+        inputs = [comparison, base, tuned, prompts.folder, *data]
+        files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
+        yield Artifact("interpretation", interpretation, self.interpretation_settings(study), inputs, files)
         inputs = [base, tuned, divergence, comparison, interpretation, *data]
         yield Artifact("reports", RESULTS / "reports" / study, {}, inputs)
 
@@ -260,10 +262,10 @@ class Layout:
     def _dictionaries(self, study: Study, policy: str, kind: str, layer: int, name: str, tokens: Path) -> list[Artifact]:
         """The dictionaries of one recipe, behind those of the base policy that they continue."""
         entry, behind = self.config.dictionaries[name], []
-        store = RESULTS / "activations" / f"{policy}.{study.corpus}" / study.activation / kind
+        store = self._activations(study, policy, kind, tokens).folder
         folder = self.dictionary_folder(policy, study, kind, layer, name)
         if isinstance(entry, ExternalDictionary):
-            files = {"source": Path(entry.path.format(layer=layer, policy=policy))}
+            files = {"source": entry.folder(layer, policy)}
             return [Artifact("dictionaries", folder, self.dictionary_settings(name), [store, tokens], files)]
         if entry.continues:
             behind = self._dictionaries(study, study.base, kind, layer, entry.continues, tokens)

@@ -157,6 +157,20 @@ class ActivationStore:
         self.acts(layer)
         return self.group[f"layer/{layer}/mean"][:], self.group[f"layer/{layer}/second_moment"][:]
 
+    def check_same_tokens(self, other: ActivationStore) -> None:
+        """
+        Raises:
+            RlsaeError: the other store holds other tokens, or cuts them into other documents.
+        """
+        tokens = [store.group["token"] for store in (self, other)]
+        if not np.array_equal(self.start, other.start) or any(
+            not np.array_equal(*(token[first : first + VECTOR_CHUNK] for token in tokens))
+            for first in range(0, self.rows, VECTOR_CHUNK)
+        ):
+            raise RlsaeError(
+                f"{other.path} holds other tokens than {self.path}; dump both policies with the same tokens and rows"
+            )
+
     def held_out_rows(self) -> NDArray[np.bool_]:
         """Whether each row belongs to a held-out document."""
         return np.repeat(self.held_out, np.diff(self.start))

@@ -1,4 +1,4 @@
-"""The verb `rlsae plant`: activations whose every change is known."""
+"""The verbs `plant`, `plant-trial` and `plant-curves`: activations whose every change is known, and what is found of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from rlsae.cli.app import app
+from rlsae.cli.options import Out, Settings, Threads, Work, configure, read_json
 from rlsae.errors import RlsaeError
+from rlsae.plants.trials import Trial
 
 
 @app.command()
@@ -32,10 +34,37 @@ def plant(
     """
     if (out / "activations").exists():
         raise RlsaeError(f"{out} holds a plant already; choose another --out or delete it")
-    from rlsae.comparison.plant import Plant, write_plant, write_recovery_plant
+    from rlsae.plants.plant import Plant, write_plant, write_recovery_plant
 
     if recovery:
         write_recovery_plant(out, seed, documents)
         return
     planted = Plant(seed, documents=documents, drift=drift, linear_share=linear_share, linear_rank=linear_rank)
     write_plant(planted.without_changes() if null else planted, out)
+
+
+@app.command()
+def plant_trial(settings: Settings, out: Out, work: Work = None, threads: Threads = None) -> None:
+    """Plant known changes, train dictionaries of both models, tag in several ways, and count what is right.
+
+    Example: rlsae plant-trial --out trial
+        --settings '{"architecture": "topk", "variation": "rest", "documents": 500, "seed": 3}'
+    """
+    given = read_json(settings, "architecture", "variation", "documents", "seed")
+    configure(threads)
+    from rlsae.plants.trial import run_trial
+
+    run_trial(Trial(**given), out, work)
+
+
+@app.command()
+def plant_curves(
+    trials: Annotated[list[Path], typer.Argument(help="Folders that plant-trial wrote.")], out: Out, work: Work = None
+) -> None:
+    """Recall, coverage and false discovery of all trials, by the size of the effect, the density and the rows.
+
+    Example: rlsae plant-curves results/plants/topk/rest/documents2000/seed* --out results/plants/curves
+    """
+    from rlsae.plants.curves import build_curves
+
+    build_curves(trials, out, work)

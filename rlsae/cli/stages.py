@@ -222,44 +222,54 @@ def compare(
     settings: Annotated[str, typer.Option(help="dictionaries and sizes of the study")],
     dictionary: Named,
     store: Named,
+    weights: Named,
+    tokens: Folder,
     out: Out,
     work: Work = None,
     threads: Threads = None,
 ) -> None:
     """Test which latents changed between base and tuned, and describe how alike their dictionaries are.
 
+    --weights are the transformers folders of both policies, --tokens the text on which each dictionary is tried in both.
+
     Example: rlsae compare --settings '{"dictionaries": ["small"], "sizes": null}'
     --dictionary base/3/small=results/dictionaries/... --dictionary tuned/3/small=...
-    --store base=results/activations/... --store tuned=... --out results/comparison/demo
+    --store base=results/activations/... --store tuned=... --weights base=results/models/tiny/model
+    --weights tuned=results/policies/tiny.ppo/model --tokens results/tokens/tiny.reviews --out results/comparison/demo
     """
     configure(threads)
     from rlsae.comparison.stage import build_comparison
 
-    build_comparison(read_json(settings, "dictionaries", "sizes"), out, work, dictionaries(dictionary), pairs(store))
+    given = read_json(settings, "dictionaries", "sizes")
+    build_comparison(given, out, work, dictionaries(dictionary), pairs(store), pairs(weights), tokens)
 
 
 @app.command()
 def interpret(
-    settings: Annotated[str, typer.Option(help="latents, examples, window, top_tokens")],
+    settings: Annotated[str, typer.Option(help="latents, examples, window, top_tokens, random_sets")],
     comparison: Folder,
     dictionary: Named,
     store: Named,
-    model: Folder,
+    base: Folder,
+    tuned: Folder,
+    tuned_weights: Folder,
+    corpus: Annotated[Path, typer.Option(help="Corpus artifact of the tuning's prompts.")],
     out: Out,
+    reward_file: MaybeFile = None,
     work: Work = None,
     threads: Threads = None,
 ) -> None:
-    """Show where latents fire and explain them by tokens, scored on held-out documents.
+    """Show where latents fire, explain them by tokens, and ablate the tagged ones; tell what the shared map does.
 
-    Example: rlsae interpret --settings '{"latents": 20, "examples": 10, "window": 16, "top_tokens": 8}'
-    --comparison results/comparison/demo --dictionary base/3/small=... --store base=... --model results/models/tiny
-    --out results/interpretation/demo
+    Example: rlsae interpret --settings '{"latents": 20}' --comparison results/comparison/demo
+    --dictionary base/3/small=... --store base=... --base results/models/tiny --tuned results/policies/tiny.ppo
+    --tuned-weights results/policies/tiny.ppo/model --corpus results/corpora/reviews --out results/interpretation/demo
     """
     configure(threads)
     from rlsae.interpretation.stage import build_interpretation
 
-    given = parse_settings(config.Interpretation, settings).settings()
-    build_interpretation(given, out, work, comparison, dictionaries(dictionary), pairs(store), model)
+    entry, both = parse_settings(config.Interpretation, settings), (dictionaries(dictionary), pairs(store))
+    build_interpretation(entry, out, work, comparison, *both, base, tuned, tuned_weights, corpus, reward_file)
 
 
 @app.command()

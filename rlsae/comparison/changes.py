@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from rlsae.comparison.kinds import CHANGED, TAGS
 from rlsae.comparison.linear_map import LinearMaps
 from rlsae.comparison.paired_rows import PairedRows
-from rlsae.comparison.tags import CHANGED, DIFFUSE, TAGS, Tags, tag_pair
+from rlsae.comparison.tags import DIFFUSE, Tags, moved_share, tag_pair
 from rlsae.comparison.write_change import WriteChange, write_changes
 from rlsae.sae.dictionary import SparseAutoencoder
 
@@ -32,6 +33,7 @@ def pair_change(saes: dict[str, SparseAutoencoder], rows: PairedRows, maps: Line
     changes, rank = write_changes(saes, rows, maps, where)
     tags, minimum_effect = tag_pair(changes)
     bulk = np.concatenate([found.change[~np.isnan(tags[role].q)] for role, found in changes.items()])
+    moved = moved_share(changes)
     columns = {role: _columns(found, tags[role]) for role, found in changes.items()}
     levels = []
     for role, found in changes.items():
@@ -43,8 +45,9 @@ def pair_change(saes: dict[str, SparseAutoencoder], rows: PairedRows, maps: Line
                 "mean_shift": maps.mean_shift,
                 "linear_map": float(maps.explained_D[:rank].sum()),
                 "rank": rank,
-                "latents": found.explained / maps.difference,
-                "tagged": found.energy[tagged].sum() / maps.difference,
+                "latents": maps.share(found.explained),
+                "tagged": maps.share(float(found.energy[tagged].sum())),
+                "moved": moved,
                 "median_change": float(np.median(bulk)) if len(bulk) else float("nan"),
                 "minimum_effect": minimum_effect,
                 "diffuse": minimum_effect > DIFFUSE,

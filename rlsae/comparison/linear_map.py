@@ -48,6 +48,10 @@ class LinearMaps:
     explained_D: Tensor
     """Share of it that the map explains along each direction, on held-out documents."""
 
+    def share(self, energy: float) -> float:
+        """Of the energy of the difference; nan without a difference."""
+        return energy / self.difference if self.difference else float("nan")
+
     def matrix(self, rank: int) -> Tensor:
         """I + B V_r V_rᵀ [D, D]."""
         first_DR = self.directions_DD[:, :rank]
@@ -93,7 +97,7 @@ def fit_linear_maps(rows: PairedRows, where: torch.device) -> LinearMaps:
     moments = [torch.zeros(2 * (2 * rows.channels,), dtype=torch.float64, device=where) for _ in range(2)]
     count = [0, 0]
     for _, base_BD, tuned_BD, held_out_B in rows.batches(where):
-        both_BE = torch.cat([base_BD, tuned_BD], 1) - mean_E
+        both_BE = torch.cat([base_BD, tuned_BD], 1).sub_(mean_E)
         for part, chosen_B in enumerate((~held_out_B, held_out_B)):
             part_BE = both_BE[chosen_B]
             moments[part] += part_BE.T @ part_BE

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlsae.activations.store import ActivationStore
 from rlsae.errors import RlsaeError
 
-GROUPS = 64
+GROUPS = 32
 """Groups of documents between which variances are estimated."""
 MIN_GROUPS = 16
 ROWS = 8192
@@ -39,10 +39,7 @@ class PairedRows:
     """
 
     def __init__(self, base: ActivationStore, tuned: ActivationStore, layer: int) -> None:
-        if not np.array_equal(base.start, tuned.start) or not np.array_equal(base.group["token"][:], tuned.group["token"][:]):
-            raise RlsaeError(
-                f"{tuned.path} holds other tokens than {base.path}; dump both policies with the same tokens and rows"
-            )
+        base.check_same_tokens(tuned)
         self.base, self.tuned, self.layer = base, tuned, layer
         self.rows, self.channels = base.acts(layer).shape
         documents = np.unique(np.searchsorted(base.start, np.linspace(0, base.rows, GROUPS + 1)))

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from rlsae.comparison.tags import CHANGED
+from rlsae.comparison.kinds import CHANGED
 
 RECURS = 0.7
 """Decoder cosine from which two latents count as the same."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from rlsae.comparison.matching import Matching, match, mmcs, percentile
+from rlsae.comparison.matching import Matching, match, match_nearest, mmcs, percentile
 from rlsae.comparison.members import ROLES, Key, Member, Members
 
 FLOOR_COLUMNS = ["role", "layer", "dictionary", "seed", "other_seed", "latent", "match_latent", "match_cosine_decoder"]
@@ -73,16 +74,20 @@ def similarities(members: Members, layer: int, name: str) -> Similarities:
 
 
 def size_similarities(members: Members, layer: int, sizes: dict[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """MMCS of the small dictionary's latents in the big one, within each model (the paper's figure)."""
+    """MMCS of the small dictionary's latents in the big one, within each model (the paper's figure): one-to-one and maximum."""
     figures: dict[str, Any] = {}
     rows = []
     for role in ROLES:
         seeds = _seeds(members, role, layer, sizes["small"])
         pairs = [s for s in seeds if (role, layer, sizes["big"], s) in members]
-        matchings = [_matching(members, (role, layer, sizes["small"], s), (role, layer, sizes["big"], s)) for s in pairs]
-        found, row = _figure(f"mmcs_small_big_{role}", matchings, layer=layer, dictionary=f"{sizes['small']}→{sizes['big']}")
-        figures |= found
-        rows.append(row)
+        for ending, pairing in (("", match), ("_max", match_nearest)):
+            matchings = [
+                _matching(members, (role, layer, sizes["small"], s), (role, layer, sizes["big"], s), pairing) for s in pairs
+            ]
+            name = f"mmcs_small_big_{role}{ending}"
+            found, row = _figure(name, matchings, layer=layer, dictionary=f"{sizes['small']}→{sizes['big']}")
+            figures |= found
+            rows.append(row)
     return figures, rows
 
 
@@ -116,9 +121,9 @@ def add_size_matches(table: pd.DataFrame, members: Members, sizes: dict[str, str
     return table
 
 
-def _matching(members: Members, own: Key, other: Key) -> Matching:
+def _matching(members: Members, own: Key, other: Key, pairing: Callable[..., Matching] = match) -> Matching:
     a, b = members[own], members[other]
-    return match(a.decoder_FD, b.decoder_FD, a.alive, b.alive)
+    return pairing(a.decoder_FD, b.decoder_FD, a.alive, b.alive)
 
 
 def _seeds(members: Members, role: str, layer: int, name: str) -> list[int]:

@@ -1,8 +1,9 @@
 """Stage `comparison`: which latents changed between base and tuned, and figures that describe how alike they are.
 
 `latents.parquet` has one row per role × layer × dictionary × seed × latent; `levels.parquet` says how much of the difference
-a shift of the mean, a linear map and the latents hold; `aggregates.parquet` has the mean max cosine similarities (MMCS) with
-intervals; `floor.parquet` the matches between two seeds of one model.
+a shift of the mean, a linear map and the latents hold, and how well each dictionary does with either policy;
+`aggregates.parquet` has these scores and the mean max cosine similarities (MMCS) with intervals; `floor.parquet` the matches
+between two seeds of one model.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rlsae.comparison.members import ROLES, Key, Members, measure_all, other_rol
 from rlsae.comparison.paired_rows import PairedRows
 from rlsae.comparison.replication import replicated
 from rlsae.comparison.similarities import Similarities, add_size_matches, match_columns, similarities, size_similarities
+from rlsae.comparison.transfer import KEY, transfer
 from rlsae.compute import device
 from rlsae.errors import RlsaeError
 from rlsae.resumable import Stage
@@ -41,16 +43,19 @@ def build_comparison(
     work: Path | None,
     dictionaries: dict[tuple[str, int, str], Path],
     stores: dict[str, Path],
+    weights: dict[str, Path],
+    tokens: Path,
 ) -> None:
     """Compare the dictionaries of a study.
 
     Args:
         settings: `dictionaries` and `sizes` of the study.
         dictionaries: artifact by role, layer and dictionary.
-        stores: activation artifact by role.
+        stores: activation artifact by role; tokens: their tokens artifact.
+        weights: transformers folder of the policy by role.
     """
     inputs = {f"{role} layer {layer} {name}": path for (role, layer, name), path in dictionaries.items()}
-    inputs |= {f"{role} activations": path for role, path in stores.items()}
+    inputs |= {f"{role} activations": path for role, path in stores.items()} | {"tokens": tokens}
     with Stage("comparison", out, settings, inputs, work) as stage:
         check_same_training_rows(dictionaries)
         where = device()
@@ -75,13 +80,19 @@ def build_comparison(
                 floors.append(alike.floor)
                 entry["dictionaries"][name] = {**alike.figures, "tags": tag_counts(table)}
             metrics["layers"][str(layer)] = entry
+        moved = transfer(folders, opened, weights, tokens, where)
+        for layer, entry in metrics["layers"].items():
+            for name, figures in entry["dictionaries"].items():
+                figures |= moved.figures(int(layer), name)
         table = pd.concat(latents, ignore_index=True)
         if settings["sizes"]:
             table = add_size_matches(table, members, settings["sizes"])
         table = table[[column for column in COLUMNS if column in table]]
         table.to_parquet(stage.staging / "latents.parquet", index=False)
-        pd.DataFrame(levels).to_parquet(stage.staging / "levels.parquet", index=False)
-        pd.DataFrame(aggregates).to_parquet(stage.staging / "aggregates.parquet", index=False)
+        scored = pd.DataFrame(levels).join(moved.by_seed, on=KEY)
+        scored.to_parquet(stage.staging / "levels.parquet", index=False)
+        counts = {"latents": "Int64"}  # of the scores there is none
+        pd.DataFrame(aggregates + moved.aggregates).astype(counts).to_parquet(stage.staging / "aggregates.parquet", index=False)
         pd.concat(floors, ignore_index=True).to_parquet(stage.staging / "floor.parquet", index=False)
         stage.publish(metrics)
 

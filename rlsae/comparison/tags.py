@@ -25,8 +25,6 @@ GONE = 0.35
 """Ratio of lengths below which a write counts as gone."""
 DIFFUSE = 2 * np.sin(np.radians(15))
 """τ above which a turn by 30 degrees is no longer tagged: the layer moves as a whole."""
-TAGS = ("unchanged", "removed", "added", "rotated", "rescaled", "untestable", "dead")
-CHANGED = TAGS[1:5]
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Tags:
     q: NDArray[np.float64]
     """Smallest false discovery rate at which a latent would be tagged [F]."""
     tag: NDArray[np.str_]
-    """One of `TAGS` [F]."""
+    """One of `rlsae.comparison.kinds.TAGS` [F]."""
 
 
 def minimum_effect(change: NDArray[np.floating]) -> float:
@@ -81,6 +79,15 @@ def tag_pair(changes: dict[str, WriteChange]) -> tuple[dict[str, Tags], float]:
     adjusted = benjamini_hochberg(np.concatenate([p[role][testable[role]] for role in changes]))
     q = dict(zip(changes, np.split(adjusted, np.cumsum([tested.sum() for tested in testable.values()])[:-1]), strict=True))
     return {role: _tags(role, found, testable[role], p[role], q[role]) for role, found in changes.items()}, tolerance
+
+
+def moved_share(changes: dict[str, WriteChange]) -> float:
+    """Share of the tested latents of both dictionaries that change by more than 0.35, whatever the bulk does; nan without any.
+
+    Tags are few where a layer moves as a whole; this is many.
+    """
+    p = np.concatenate([found.p_values(MIN_EFFECT)[found.firings >= MIN_FIRINGS] for found in changes.values()])
+    return float((benjamini_hochberg(p) <= FALSE_DISCOVERY_RATE).mean()) if len(p) else float("nan")
 
 
 def _tags(

@@ -32,10 +32,11 @@ from numpy.typing import NDArray
 from scipy.stats import ncx2
 from torch import Tensor
 
-from rlsae.comparison.code import Code, Gram, code_of
+from rlsae.comparison.code import Code, Gram, encode
 from rlsae.comparison.latent_scaling import scale_error
 from rlsae.comparison.linear_map import LinearMaps, shared_rank
 from rlsae.comparison.paired_rows import PairedRows
+from rlsae.compute import rounded_products
 from rlsae.sae.dictionary import SparseAutoencoder
 
 RIDGE = 0.1
@@ -81,7 +82,7 @@ def regress(batches: Batches) -> Regression:
     gram: Gram | None = None
     sums: list[Tensor] = []
     for _, code, target_BE in batches():
-        products = [code.firings(), code.sum(), target_BE.sum(0, dtype=torch.float64), code.cross(target_BE)]
+        products = [code.firings(), code.sum(), target_BE.sum(0), code.cross(target_BE)]
         if gram is None:
             gram = Gram(code.latents, target_BE.device)
             sums = [torch.zeros_like(product, dtype=torch.float64) for product in products]
@@ -91,7 +92,7 @@ def regress(batches: Batches) -> Regression:
         rows += code.rows
     assert gram is not None  # a store has rows
     firings_F, mean_F, mean_E = sums[0].long(), sums[1] / rows, sums[2] / rows
-    covariance_FF = gram.total().div_(rows).sub_(torch.outer(mean_F, mean_F))
+    covariance_FF = gram.total_FF.div_(rows).sub_(torch.outer(mean_F, mean_F))
     cross_FE = sums[3].div_(rows).sub_(torch.outer(mean_F, mean_E))
     inverse_FF = _ridge_inverse(covariance_FF)
     writes_FE = inverse_FF @ cross_FE
@@ -131,9 +132,10 @@ def cluster_variance(batches: Batches, fit: Regression, contrast_ED: Tensor) -> 
     for _, group in itertools.groupby(batches(), key=lambda batch: batch.group):
         sum_FD = torch.zeros_like(writes_FD)
         for _, code, target_BE in group:
-            residual_BD = target_BE @ contrast_ED - code.decode(writes_FD) - offset_D
+            residual_BD = (target_BE @ contrast_ED).sub_(code.decode(writes_FD)).sub_(offset_D)
             sum_FD += code.cross(residual_BD) - torch.outer(mean_F, residual_BD.sum(0)) - code.rows * leftover_FD
-        score_FD = inverse_FF @ sum_FD / fit.rows
+        with rounded_products():  # the variance between so few groups is far less certain
+            score_FD = inverse_FF @ sum_FD / fit.rows
         variance_F += score_FD.square().sum(1)
         spread_DD += (scale_F * score_FD).T @ (scale_F * score_FD)
         groups += 1
@@ -200,10 +202,10 @@ def _coded(sae: SparseAutoencoder, role: str, rows: PairedRows, maps: LinearMaps
 
     def batches() -> Iterator[CodedBatch]:
         for number, (group, base_BD, tuned_BD, _) in enumerate(rows.batches(where)):
-            code = kept.get(number) or code_of(sae.encode(base_BD if role == "base" else tuned_BD))
+            code = kept.get(number) or encode(sae, base_BD if role == "base" else tuned_BD)
             if code.bytes + sum(other.bytes for other in kept.values()) <= KEPT_BYTES:
                 kept[number] = code
-            yield CodedBatch(group, code, torch.cat([base_BD, tuned_BD], 1) - mean_E)
+            yield CodedBatch(group, code, torch.cat([base_BD, tuned_BD], 1).sub_(mean_E))
 
     return batches
 

@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsae.activations.store import ActivationStore
-from rlsae.activations.tokens import VECTOR_CHUNK
 from rlsae.divergence.table import Array, Measured
 from rlsae.errors import RlsaeError
 from rlsae.statistics import bootstrap_weights
@@ -43,7 +42,8 @@ def activation_divergence(base: ActivationStore, tuned: ActivationStore) -> list
     Raises:
         RlsaeError: the stores hold different tokens, layers or widths.
     """
-    check_same_rows(base, tuned)
+    base.check_same_tokens(tuned)
+    check_same_layers(base, tuned)
     documents = len(base.start) - 1
     groups, coarse = min(GROUPS, documents), min(COARSE, documents)
     weights_RG, weights_RK = bootstrap_weights(groups), bootstrap_weights(coarse, COARSE_RESAMPLES)
@@ -184,17 +184,11 @@ class Moments:
         }
 
 
-def check_same_rows(base: ActivationStore, tuned: ActivationStore) -> None:
+def check_same_layers(base: ActivationStore, tuned: ActivationStore) -> None:
     """
     Raises:
-        RlsaeError: the stores hold different tokens, layers or widths.
+        RlsaeError: the stores hold different layers or widths.
     """
-    tokens = [store.group["token"] for store in (base, tuned)]
-    if not np.array_equal(base.start, tuned.start) or any(
-        not np.array_equal(*(token[first : first + VECTOR_CHUNK] for token in tokens))
-        for first in range(0, base.rows, VECTOR_CHUNK)
-    ):
-        raise RlsaeError("the survey stores of base and tuned hold different tokens; both must come from one tokens artifact")
     if base.layers != tuned.layers:
         raise RlsaeError(
             f"the survey stores hold different layers: {base.layers} of the base, {tuned.layers} of the tuned model"

@@ -28,7 +28,7 @@ FILES = {
     "tokens": ["store/"],
     "activations": ["store/"],
     "divergence": ["layers.parquet", "layers.tsv", "chosen.json"],
-    "dictionaries": ["saes/", "metrics.parquet"],
+    "dictionaries": ["saes/", "metrics.parquet", "figures/"],
     "comparison": ["latents.parquet", "aggregates.parquet", "floor.parquet"],
     "interpretation": ["latents.parquet", "explanations.parquet", "examples.parquet"],
     "reports": ["index.html", "latents.html"],

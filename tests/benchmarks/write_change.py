@@ -1,7 +1,7 @@
-"""What the write-change test of one layer takes: `python -m tests.benchmarks.write_change`.
+"""What the comparison of one layer and pair of dictionaries takes: `python -m tests.benchmarks.write_change`.
 
 Random float16 rows of base and tuned in the page cache, 64 per document, and a pair of random TopK dictionaries: the linear
-map, then the changes of both, stage by stage, with the peak memory of the process.
+map, the changes of both, and the columns that describe them, step by step, with the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ import torch
 
 from rlsae import compute
 from rlsae.activations.store import ActivationStore
+from rlsae.comparison.agreement import agreement
 from rlsae.comparison.linear_map import fit_linear_maps
+from rlsae.comparison.matching import match
+from rlsae.comparison.members import ROLES, measure
 from rlsae.comparison.paired_rows import PairedRows
-from rlsae.comparison.plant import write_activations
 from rlsae.comparison.tags import tag_pair
 from rlsae.comparison.write_change import write_changes
+from rlsae.plants.plant import write_activations
 from rlsae.sae.activation_functions import TopK
 from rlsae.sae.dictionary import SparseAutoencoder
 
 DOCUMENT = 64
 BLOCK = 65_536
+STEPS = ["linear map", "changes of both dictionaries", "firings of both on held-out rows, match", "agreement of the matched"]
 
 
 def random_stores(folder: Path, rows: int, channels: int) -> dict[str, ActivationStore]:
@@ -64,18 +68,24 @@ def main() -> None:
         stores = random_stores(Path(folder), given.rows, given.channels)
         before = peak_gib()
         rows = PairedRows(stores["base"], stores["tuned"], 0)
-        start = time.perf_counter()
-        maps = fit_linear_maps(rows, where)
-        mapped = time.perf_counter()
         saes = {
             role: random_dictionary(given.channels, given.latents, given.active, seed).to(where)
             for seed, role in enumerate(stores)
         }
-        found, _ = write_changes(saes, rows, maps, where)
-        tag_pair(found)
-        done = time.perf_counter()
+        times = [time.perf_counter()]
+        maps = fit_linear_maps(rows, where)
+        times.append(time.perf_counter())
+        tag_pair(write_changes(saes, rows, maps, where)[0])
+        times.append(time.perf_counter())
+        base, tuned = (measure(saes[role], stores[role], 0, where) for role in ROLES)
+        partners = match(base.decoder_FD, tuned.decoder_FD, base.alive, tuned.alive).partner
+        times.append(time.perf_counter())
+        agreement(saes, rows, {"base": partners, "tuned": np.argsort(partners)}, where)
+        times.append(time.perf_counter())
     print(f"{given.rows:,} rows × {given.channels} channels, {given.latents} latents, {given.active} active, {where}")
-    print(f"linear map {mapped - start:.1f} s, both dictionaries {done - mapped:.1f} s, one {(done - mapped) / 2:.1f} s")
+    for step, seconds in zip(STEPS, np.diff(times), strict=True):
+        print(f"{step:38}{seconds:7.1f} s")
+    print(f"{'together':38}{times[-1] - times[0]:7.1f} s")
     print(f"peak memory {peak_gib():.2f} GiB (writing the rows: {before:.2f} GiB)")
 
 

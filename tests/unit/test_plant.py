@@ -16,10 +16,10 @@ from rlsae.cli.app import app
 from rlsae.cli.plant import plant as plant_verb
 from rlsae.comparison.linear_map import fit_linear_maps
 from rlsae.comparison.paired_rows import PairedRows
-from rlsae.comparison.plant import ANGLES, Plant, Truth, draw_truth, read_truth, turn, unit, write_plant, write_recovery_plant
-from rlsae.comparison.plant_score import by_density, score
 from rlsae.comparison.tags import tag_pair
 from rlsae.comparison.write_change import write_changes
+from rlsae.plants.plant import ANGLES, Plant, Truth, draw_truth, read_truth, turn, unit, write_plant, write_recovery_plant
+from rlsae.plants.score import score
 from rlsae.verification import verify
 
 CPU = torch.device("cpu")
@@ -36,6 +36,8 @@ def angles(a_KD, b_KD):
 
 class Oracle:
     """A dictionary of the known directions, whose code is the sparsest that explains the rows (FISTA: Beck, Teboulle 2009)."""
+
+    activation = None
 
     def __init__(self, vectors_KD):
         self.W_KD = self.W_dec_FD = torch.from_numpy(vectors_KD).float()
@@ -269,16 +271,6 @@ def test_what_no_tested_latent_sees_is_not_covered():
     result, table = scored(unseen, ["unchanged", "dead", "dead", "unchanged", "dead", "dead"])
     assert table.covered.tolist() == [True, False, True, True]
     assert (result.coverage, result.recall, result.recall_covered) == (0.5, 0.5, 1)
-
-
-def test_coverage_and_recall_are_told_by_density():
-    table = small_truth().table.assign(density=[0.005, 0.015, 0.015, 0.1])
-    found = by_density(table.assign(covered=[False, True, False, True], found=[False, True, False, True]))
-    assert found.directions.tolist() == [1, 2, 1]
-    assert found.coverage.tolist() == [0, 0.5, 1]
-    # Two changes of which one is found; a rotation by 15 degrees counts for neither.
-    assert found.changes.dropna().tolist() == [2]
-    assert found.recall.dropna().tolist() == [0.5]
 
 
 # --- the verb ----------------------------------------------------------------------------------------------------

@@ -114,6 +114,21 @@ def test_a_folder_without_a_store_is_named_with_its_stage(tmp_path):
         ActivationStore(tmp_path)
 
 
+def test_a_store_of_the_same_tokens_is_told_by_every_token_and_document(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "VECTOR_CHUNK", 64)
+    store = ActivationStore(write_store(tmp_path / "store", tokens, {0: numbered(tokens)}))
+    store.check_same_tokens(ActivationStore(write_store(tmp_path / "same", tokens, {0: numbered(tokens, 0.5)})))
+    documents = np.split(tokens.token, tokens.start[1:-1])
+    last = [*documents[:-1], documents[-1] + 1]
+    cut_elsewhere = np.split(tokens.token, [*tokens.start[1:-2], tokens.start[-2] + 1])
+    for name, others in {"token": last, "document": cut_elsewhere}.items():
+        other = ActivationStore(write_store(tmp_path / name, tokens_of(others), {0: numbered(tokens)}))
+        with pytest.raises(
+            RlsaeError, match=rf"{name}/store/activations.zarr holds other tokens than .*/store/store/.*; dump both"
+        ):
+            store.check_same_tokens(other)
+
+
 def test_plain_zarr_and_xarray_open_a_store_without_this_package(store, tmp_path):
     code = """if True:
         import json, sys, xarray, zarr

@@ -12,7 +12,8 @@ from scipy import stats
 from small_artifacts import random_documents, tokens_of, write_store
 
 from rlsae.activations.store import ActivationStore
-from rlsae.comparison.code import Gram, SparseCode, code_of
+from rlsae.comparison import paired_rows
+from rlsae.comparison.code import SPARSE_DENSITY, CompressedCode, DenseCode, Gram, code_of, encode
 from rlsae.comparison.linear_map import fit_linear_maps, shared_rank
 from rlsae.comparison.paired_rows import PairedRows
 from rlsae.comparison.tags import benjamini_hochberg, kinds, minimum_effect, tag_pair
@@ -26,6 +27,7 @@ from rlsae.comparison.write_change import (
     write_changes,
 )
 from rlsae.errors import RlsaeError
+from rlsae.sae.activation_functions import TopK
 from rlsae.sae.dictionary import SparseAutoencoder
 
 CPU = torch.device("cpu")
@@ -89,7 +91,7 @@ def test_products_are_the_same_through_the_active_latents_alone(density):
     latents_BF = torch.from_numpy((rng.random((300, 40)) * (rng.random((300, 40)) < density)).astype(np.float32))
     target_BE, writes_FE = torch.randn(300, 7), torch.randn(40, 7)
     code = code_of(latents_BF)
-    assert isinstance(code, SparseCode) == (density < 0.02)
+    assert isinstance(code, CompressedCode) == (density < SPARSE_DENSITY)
     torch.testing.assert_close(code.cross(target_BE), latents_BF.T @ target_BE)
     torch.testing.assert_close(code.decode(writes_FE), latents_BF @ writes_FE)
     assert code.firings().tolist() == (latents_BF > 0).sum(0).tolist()
@@ -97,7 +99,20 @@ def test_products_are_the_same_through_the_active_latents_alone(density):
     gram = Gram(40, CPU)
     for part_BF in latents_BF.split(70):
         gram.add(code_of(part_BF))
-    torch.testing.assert_close(gram.total(), (latents_BF.T @ latents_BF).double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gram.total_FF, (latents_BF.T @ latents_BF).double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("active", "stored"), [(3, CompressedCode), (10, DenseCode)])
+def test_the_code_of_a_topk_dictionary_is_what_it_encodes(active, stored):
+    torch.manual_seed(0)
+    W_dec_FD = torch.randn(60, 8)
+    sae = SparseAutoencoder(W_dec_FD.T.contiguous(), torch.full((60,), -3.0), W_dec_FD, torch.zeros(8), activation=TopK(active))
+    acts_BD = torch.randn(200, 8)
+    code, latents_BF = encode(sae, acts_BD), sae.encode(acts_BD)
+    assert isinstance(code, stored)
+    assert (latents_BF > 0).sum(1).min() < active  # of some rows fewer latents are positive
+    assert code.firings().tolist() == (latents_BF > 0).sum(0).tolist()
+    torch.testing.assert_close(code.decode(torch.eye(60)), latents_BF)
 
 
 def test_the_variance_of_a_write_is_that_of_its_sums_over_groups():
@@ -114,14 +129,18 @@ def test_the_variance_of_a_write_is_that_of_its_sums_over_groups():
     np.testing.assert_allclose(found_F, expected_F, rtol=1e-4, atol=1e-12)
 
 
-def test_the_variance_of_a_write_is_that_over_bootstrap_samples_of_groups():
-    latents_NF, target_NE = code_and_target(rows=64 * 60)
-    batches = in_groups(latents_NF, target_NE, groups=64)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_variance_of_a_write_is_that_over_bootstrap_samples_of_groups(seed):
+    groups = paired_rows.GROUPS
+    latents_NF, target_NE = code_and_target(seed, rows=groups * 120)
+    batches = in_groups(latents_NF, target_NE, groups)
     found_F, _ = cluster_variance(batches, regress(batches), torch.eye(CHANNELS, dtype=torch.float64))
-    rng, groups_GN = np.random.default_rng(1), np.arange(len(latents_NF)).reshape(64, -1)
-    draws = [groups_GN[rng.integers(64, size=64)].ravel() for _ in range(300)]
+    rng, rows_GN = np.random.default_rng(1), np.arange(len(latents_NF)).reshape(groups, -1)
+    draws = [rows_GN[rng.integers(groups, size=groups)].ravel() for _ in range(150)]
     resampled_SFE = np.stack([slow_ridge(latents_NF[rows], target_NE[rows]) for rows in draws])
-    np.testing.assert_allclose(found_F[:-1], resampled_SFE.var(0).sum(1)[:-1], rtol=0.25)
+    ratio_F = found_F.numpy()[:-1] / resampled_SFE.var(0).sum(1)[:-1]
+    assert ratio_F.mean() == pytest.approx(1, abs=0.2)
+    assert ratio_F == pytest.approx(np.ones(len(ratio_F)), abs=0.4)
 
 
 # --- p-values ----------------------------------------------------------------------------------------------------
@@ -188,7 +207,7 @@ def p_at_the_boundary(groups, **kwargs):
 
 @pytest.mark.parametrize("burst", [0.1, 1.0])
 def test_p_values_are_uniform_at_the_minimum_effect_when_tokens_of_a_document_are_alike(burst):
-    p = np.concatenate([p_at_the_boundary(groups=64, seed=seed, burst=burst) for seed in range(12)])
+    p = np.concatenate([p_at_the_boundary(groups=paired_rows.GROUPS, seed=seed, burst=burst) for seed in range(12)])
     assert stats.kstest(p, "uniform").pvalue > 0.01
     assert (p < 0.05).mean() == pytest.approx(0.05, abs=0.03)
 
@@ -393,7 +412,7 @@ def test_disjoint_documents_of_one_model_have_no_tags():
     for half in range(2):
         latents_NF, target_NE = at_the_boundary(seed=5, burst=1.0, tolerance=0.0, documents=640)
         chosen = slice(half * len(latents_NF) // 2, (half + 1) * len(latents_NF) // 2)
-        batches = in_groups(latents_NF[chosen], target_NE[chosen][:, 12:], 64)
+        batches = in_groups(latents_NF[chosen], target_NE[chosen][:, 12:], paired_rows.GROUPS)
         fit = regress(batches)
         halves.append((fit, *cluster_variance(batches, fit, torch.eye(12, dtype=torch.float64))))
     (own, own_variance_F, freedom), (other, other_variance_F, _) = halves

@@ -16,6 +16,7 @@ from rlsae.config import ExternalDictionary, PretrainedModel
 from rlsae.errors import RlsaeError
 from rlsae.expand import parse_config
 from rlsae.layout import SURVEY, Layout, kind_of, model_of, policy_folder, run_this_checkout, weights_folder
+from rlsae.plants.trials import all_trials
 from rlsae.status import mark_reports
 
 run_this_checkout(workflow.basedir)
@@ -42,6 +43,10 @@ wildcard_constraints:
     part=r"\d+",
     dictionary=r"[a-z0-9-]+",
     study=r"[a-z0-9-]+",
+    architecture=r"[a-z_]+",
+    variation=r"[a-z0-9-]+",
+    documents=r"\d+",
+    seed=r"\d+",
 
 
 def settings(describe, *names):
@@ -51,6 +56,12 @@ def settings(describe, *names):
         return canonical_json(describe(*(wildcards[name] for name in names)))
 
     return of
+
+
+def plant_settings(wildcards):
+    """A trial on a plant as canonical JSON."""
+    numbers = {name: int(wildcards[name]) for name in ("documents", "seed")}
+    return canonical_json({"architecture": wildcards.architecture, "variation": wildcards.variation} | numbers)
 
 
 def option(name, path):
@@ -147,6 +158,13 @@ def dictionary_options(wildcards):
 
 def store_options(wildcards):
     return named("store", store_folders(wildcards.study))
+
+
+def models_and_tokens(wildcards):
+    """The models of a study and the text on which dictionaries serve them."""
+    weights = {role: weights_folder(policy) for role, policy in roles(wildcards.study).items()}
+    entry = CONFIG.studies[wildcards.study]
+    return f"{named('weights', weights)} {option('tokens', f'results/tokens/{entry.model}.{entry.corpus}')}"
 
 
 # --- targets: every manifest and every store up to a stage, so that a failed rerun can never leave a stale result as current
@@ -273,12 +291,12 @@ def dictionary_source(wildcards):
     entry = CONFIG.dictionaries[wildcards.dictionary]
     if not isinstance(entry, ExternalDictionary):
         return None
-    return entry.path.format(layer=wildcards.layer, policy=wildcards.policy)
+    return entry.folder(wildcards.layer, wildcards.policy)
 
 
 def dictionary_source_files(wildcards):
     folder = dictionary_source(wildcards)
-    return sorted(str(path) for path in Path(folder).glob("*") if path.is_file()) or [folder] if folder else []
+    return sorted(str(path) for path in folder.glob("*") if path.is_file()) or [str(folder)] if folder else []
 
 
 def dictionary_start(wildcards):
@@ -330,6 +348,16 @@ def reward_of_study(study):
 def divergence_sample(wildcards):
     entry = CONFIG.studies[wildcards.study]
     folders = {"tokens": f"results/tokens/{entry.model}.{entry.corpus}"}
+    folders |= {"corpus": f"results/corpora/{prompts_of(wildcards.study)}"}
+    folders |= {"reward-file": getattr(reward_of_study(wildcards.study), "path", None)}
+    return " ".join(option(name, folder) for name, folder in folders.items())
+
+
+def interpretation_policies(wildcards):
+    """Options that name the policies of a study, and the prompts and the reward that the tuned one was judged by."""
+    policy = roles(wildcards.study)
+    folders = {"base": policy_folder(policy["base"]), "tuned": policy_folder(policy["tuned"])}
+    folders |= {"tuned-weights": weights_folder(policy["tuned"])}
     folders |= {"corpus": f"results/corpora/{prompts_of(wildcards.study)}"}
     folders |= {"reward-file": getattr(reward_of_study(wildcards.study), "path", None)}
     return " ".join(option(name, folder) for name, folder in folders.items())

@@ -8,14 +8,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from rlsae.comparison.plant import Truth
+from rlsae.comparison.kinds import UNTESTED
+from rlsae.plants.plant import Truth
 
 COVERS, RELATED = 0.7, 0.5
 """Cosines from which a latent covers a direction, and from which it has to do with it."""
 SMALLEST_ANGLE = 30
 """Rotations below it may be missed: they are near the smallest effect that counts."""
-DENSITIES = (0, 0.01, 0.02, 0.04, 1)
-UNTESTED = ("dead", "untestable")
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,12 @@ def score(truth: Truth, latents: pd.DataFrame, decoders: dict[str, NDArray[np.fl
         false += int((tagged_F & ~near_F).sum())
         right += int((tag_F[near_F] == kind_F).sum())
     table = table.assign(covered=covered_K, found=found_K)
-    planted = _planted(table)
+    changes = planted(table)
     tested = int((~latents.tag.isin(UNTESTED)).sum())
     found = Score(
-        recall=planted.found.mean(),
-        coverage=planted.covered.mean(),
-        recall_covered=planted.found[planted.covered].mean(),
+        recall=changes.found.mean(),
+        coverage=changes.covered.mean(),
+        recall_covered=changes.found[changes.covered].mean(),
         false_discovery=false / max(tagged, 1),
         kind_accuracy=right / max(tagged - false, 1),
         tagged=tagged / max(tested, 1),
@@ -84,24 +83,6 @@ def _cosines(unit_FD: NDArray[np.floating], vectors_KD: NDArray[np.floating]) ->
     return unit_FD @ vectors_KD.T / np.where(length_K > 0, length_K, 1)
 
 
-def by_density(table: pd.DataFrame) -> pd.DataFrame:
-    """Coverage of all directions and recall of the planted changes, by the share of rows on which a direction fires.
-
-    Args:
-        table: truth with `covered` and `found`, as `score` returns it.
-    """
-    bins = pd.cut(table.density, DENSITIES)
-    planted = _planted(table)
-    return pd.DataFrame(
-        {
-            "directions": table.groupby(bins, observed=True).size(),
-            "coverage": table.covered.groupby(bins, observed=True).mean(),
-            "changes": planted.groupby(bins, observed=True).size(),
-            "recall": planted.found.groupby(bins, observed=True).mean(),
-        }
-    )
-
-
-def _planted(table: pd.DataFrame) -> pd.DataFrame:
+def planted(table: pd.DataFrame) -> pd.DataFrame:
     """The directions whose change must be found."""
     return table[(table.kind != "unchanged") & ~((table.kind == "rotated") & (table.angle < SMALLEST_ANGLE))]
