@@ -243,5 +243,24 @@ def replace_output(model: PreTrainedModel, layer: int, hook: Hook, function: Any
         handle.remove()
 
 
+@contextmanager
+def computed_once(model: PreTrainedModel, layer: int) -> Iterator[None]:
+    """Within the context every forward pass is on the first one's batch, so that blocks before the layer run only then."""
+    before = list(blocks(model))[:layer]
+
+    def remember(module: nn.Module, arguments: Any, output: Any) -> None:
+        for block in before:
+            block.forward = lambda *_, **__: output
+
+    handles = [block.register_forward_hook(remember) for block in before[-1:]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block in before:
+            block.__dict__.pop("forward", None)
+
+
 def _has_matrix(module: nn.Module) -> bool:
     return any(parameter.dim() == 2 for parameter in module.parameters())

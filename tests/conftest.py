@@ -52,6 +52,18 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Folder of a corpus artifact: 60 generated preference pairs, 15 of them held out."""
+    from rlsae.config import GeneratedCorpus
+    from rlsae.corpora import build_corpus
+
+    folder = tmp_path_factory.mktemp("results") / "corpora" / "pairs"
+    entry = GeneratedCorpus(source="generated", kind="preferences", documents=60, held_out=0.25)
+    build_corpus(entry, entry.settings(), folder, None, None)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tokenizer(corpus):
     """A byte-level BPE of the corpus whose end-of-text token has id 0 and no padding token."""
     import pandas as pd

@@ -76,7 +76,7 @@ def charts(layers: pd.DataFrame, chosen: Sequence[int]) -> dict[str, list[Chart]
 
 
 @rc_context(STYLE)
-def further_charts(steps: pd.DataFrame, agreement: pd.DataFrame) -> list[Chart]:
+def agreement_and_steps(steps: pd.DataFrame, agreement: pd.DataFrame) -> list[Chart]:
     """Agreement of the measures and, where there are checkpoints, layer × step, for a page."""
     title = "Agreement of the measures (Kendall's τ over layers)"
     found = [Chart(title, inline(draw_agreement(agreement), title))]

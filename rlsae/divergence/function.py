@@ -31,15 +31,12 @@ from rlsae.errors import RlsaeError
 from rlsae.models import blocks, check_same_shape
 from rlsae.rewards import Reward
 from rlsae.statistics import bootstrap_weights
-from rlsae.training import joint_seed
-from rlsae.tuning.rollout import Prompts, generate
+from rlsae.tuning.held_out import HeldOutPrompts
 
 DOCUMENTS = 64
 PROMPTS = 128
 BATCH_TOKENS = 512
 """Tokens whose logits are in memory at once."""
-RESPONSES = 64
-"""Responses sampled at once."""
 
 
 @dataclass(frozen=True)
@@ -111,27 +108,14 @@ def kl_of_swaps(base: PreTrainedModel, tuned: PreTrainedModel, tokens: Tokens) -
 
 def reward_of_swaps(base: PreTrainedModel, tuned: PreTrainedModel, sample: Sample) -> dict[str, Array]:
     """Difference of reward at each prompt [N, L] for both directions."""
-    entry = sample.entry
-    prompts = Prompts(sample.corpus, sample.tokenizer, base, entry, held_out=True)
-    rng = np.random.default_rng([entry.seed, 2**31 + 1])
-    queries = prompts.sample(min(PROMPTS, len(prompts.ids)), rng, distinct=True)
-    limits = rng.integers(entry.response_tokens[0], entry.response_tokens[1] + 1, len(queries))
-
-    def rewards(model: PreTrainedModel) -> Array:
-        found: list[float] = []
-        for first in range(0, len(queries), RESPONSES):
-            rows = slice(first, first + RESPONSES)
-            rollout = generate(model, sample.tokenizer, queries[rows], limits[rows], joint_seed(entry.seed, first))
-            found += sample.reward(rollout.prompts, rollout.responses)
-        return np.array(found)
-
-    base_N, tuned_N = rewards(base), rewards(tuned)
-    swap_in_NL, swap_out_NL = np.zeros((2, len(queries), len(blocks(base))))
+    prompts = HeldOutPrompts.draw(sample.corpus, sample.tokenizer, base, sample.entry, sample.reward, PROMPTS)
+    base_N, tuned_N = prompts.rewards(base), prompts.rewards(tuned)
+    swap_in_NL, swap_out_NL = np.zeros((2, len(base_N), len(blocks(base))))
     for layer in range(len(blocks(base))):
         with swapped(base, tuned, layer):
-            swap_in_NL[:, layer] = rewards(base) - base_N
+            swap_in_NL[:, layer] = prompts.rewards(base) - base_N
         with swapped(tuned, base, layer):
-            swap_out_NL[:, layer] = tuned_N - rewards(tuned)
+            swap_out_NL[:, layer] = tuned_N - prompts.rewards(tuned)
     return {"reward_swap_in": swap_in_NL, "reward_swap_out": swap_out_NL}
 
 

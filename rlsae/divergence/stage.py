@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import TypeAdapter
 
 from rlsae.activations.store import ActivationStore
 from rlsae.activations.tokens import Tokens
 from rlsae.artifacts import Manifest
 from rlsae.compute import device
-from rlsae.config import AnyReward, Tuning
 from rlsae.divergence import figures
 from rlsae.divergence.activations import activation_divergence
 from rlsae.divergence.choice import check, choose
@@ -29,7 +27,7 @@ from rlsae.layout import folder_layer_count
 from rlsae.models import load
 from rlsae.progress import Progress
 from rlsae.resumable import Stage
-from rlsae.rewards import load_reward
+from rlsae.tuning.held_out import judged_by
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ def build_divergence(
     check(settings["layers"], count)
     with Stage("divergence", out, settings, inputs, work) as stage:
         recipe = Manifest.read(tuned.artifact).parameters
-        entry = Tuning(**{key: recipe["tuning"][key] for key in Tuning.model_fields})
-        path = {"path": str(reward_file)} if reward_file else {}
-        reward = load_reward(TypeAdapter(AnyReward).validate_python(recipe["reward"] | path), reward_file)
+        entry, reward = judged_by(tuned.artifact, reward_file)
         where = device()
         model, tokenizer = load(base.weights, where)
         sample = Sample(Tokens.open(tokens), tokenizer, corpus, reward, entry)

@@ -15,14 +15,21 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlsae.activations.store import ActivationStore
+from rlsae.comparison.kinds import CHANGED, UNTESTED
+from rlsae.compute import device
+from rlsae.config import Interpretation
+from rlsae.interpretation.ablation import COLUMNS, PROMPTS, ablation
 from rlsae.interpretation.examples import Evidence, gather, top_windows
-from rlsae.progress import Progress
+from rlsae.interpretation.map_directions import all_map_directions
+from rlsae.models import load
+from rlsae.progress import Progress, say
 from rlsae.resumable import Stage
 from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.sae.train import load_members
+from rlsae.tuning.held_out import HeldOutPrompts, judged_by
 
 KEY = ["role", "layer", "dictionary", "seed", "latent"]
 MIN_COUNT = 5
@@ -34,20 +41,26 @@ MIN_HELD_OUT_FIRINGS = 10
 
 
 def build_interpretation(
-    settings: dict[str, Any], out: Path, work: Path | None, comparison: Path,
-    dictionaries: dict[tuple[str, int, str], Path], stores: dict[str, Path], model: Path,
+    entry: Interpretation, out: Path, work: Path | None, comparison: Path,
+    dictionaries: dict[tuple[str, int, str], Path], stores: dict[str, Path], base: Path, tuned: Path, tuned_weights: Path,
+    corpus: Path, reward_file: Path | None,
 ) -> None:  # fmt: skip
     """Select latents of each policy × layer × dictionary (first seed), show where they fire, explain, score.
 
     Args:
-        settings: `latents`, `examples`, `window`, `top_tokens` of the study.
         comparison: its artifact, for the selection; dictionaries, stores: as there.
-        model: artifact of the base model, for the tokenizer.
+        base, tuned: artifacts of the policies; tuned_weights: transformers folder of the one that is studied.
+        corpus: corpus artifact of the tuning's prompts; reward_file: file or folder of its reward, where it has one.
     """
-    inputs = {"comparison": comparison} | {f"{role} activations": path for role, path in stores.items()}
+    inputs = {"comparison": comparison, "base": base, "tuned": tuned, "corpus": corpus}
+    inputs |= {f"{role} activations": path for role, path in stores.items()}
     inputs |= {f"{role} layer {layer} {name}": path for (role, layer, name), path in dictionaries.items()}
+    inputs |= {"reward": reward_file} if reward_file else {}
+    settings = entry.settings()
     with Stage("interpretation", out, settings, inputs, work) as stage:
-        tokenizer = AutoTokenizer.from_pretrained(model / "model", local_files_only=True)
+        where = device()
+        model, tokenizer = load(base / "model", where)
+        tuning, reward = judged_by(tuned, reward_file)
         table = pd.read_parquet(comparison / "latents.parquet")
         opened = {role: ActivationStore(path) for role, path in stores.items()}
         explained: list[dict[str, Any]] = []
@@ -85,19 +98,50 @@ def build_interpretation(
         explanations.to_parquet(stage.staging / "explanations.parquet", index=False)
         columns = [*KEY, "rank", "document", "held_out", "peak", "tokens", "activations"]
         pd.DataFrame(examples, columns=columns).to_parquet(stage.staging / "examples.parquet", index=False)
+        levels = pd.read_parquet(comparison / "levels.parquet")
+        ranks = {layer: int(levels["rank"][levels.layer == layer].max()) for layer in levels.layer.unique().tolist()}
+        directions = all_map_directions(opened, ranks, model, tokenizer, reward)
+        directions.to_parquet(stage.staging / "map_directions.parquet", index=False)
+        policy, _ = load(tuned_weights, where)
+        prompts = HeldOutPrompts.draw(corpus, tokenizer, policy, tuning, reward, PROMPTS)
+        rows = []
+        for (role, layer, name), folder in dictionaries.items():
+            seed, path = min(load_members(folder).items())
+            mine = table.query("role == @role and layer == @layer and dictionary == @name and seed == @seed")
+            if role == "tuned" and entry.random_sets and mine.tag.isin(CHANGED).any():
+                sae = SparseAutoencoder.load(path).to(where)
+                rows.append(ablation(mine, policy, sae, opened[role].group.attrs["hook"], prompts, entry.random_sets))
+                say(f"ablation: layer {layer}, {name}: {rows[-1]['reward_change']:.3f} of {rows[-1]['reward']:.3f}")
+        ablations = pd.DataFrame(rows, columns=COLUMNS)
+        ablations.to_parquet(stage.staging / "ablations.parquet", index=False)
         scored = latents_table.detection_auc.dropna()
         mean = float(scored.mean()) if len(scored) else None
-        stage.publish({"latents_explained": int((latents_table.explanation != "").sum()), "detection_auc": mean})
+        stage.publish(
+            {"latents_explained": int((latents_table.explanation != "").sum()), "detection_auc": mean} | strongest(ablations)
+        )
+
+
+def strongest(ablations: pd.DataFrame) -> dict[str, Any]:
+    """Metrics of the dictionary whose tagged latents cost most reward when they are ablated."""
+    if ablations.empty:
+        return {"ablation_reward_change": None, "ablation_random_quantile": None}
+    row = ablations.sort_values("reward_change").iloc[0]
+    return {"ablation_reward_change": float(row.reward_change), "ablation_random_quantile": float(row.random_quantile)}
 
 
 def select(table: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Half the least, half the best matched latents that fire often enough to be scored; `selected_for` says which."""
-    alive = table[(table.firings >= MIN_HELD_OUT_FIRINGS) & table.match_cosine_decoder.notna()].sort_values(
-        ["match_cosine_decoder", "latent"], kind="stable"
-    )
-    count = min(count, len(alive))
-    least, best = alive.head(count - count // 2), alive.tail(count // 2).iloc[::-1]
-    return pd.concat([least.assign(selected_for="least matched"), best.assign(selected_for="best matched")])
+    """Half those whose write changed most, half those whose write changed least, of the tested latents.
+
+    Tagged ones come first, the replicated before the others; `selected_for` says why a latent is there.
+    """
+    tested = table[~table.tag.isin(UNTESTED)]
+    tested = tested.assign(tagged=tested.tag.isin(CHANGED), again=tested.replicated.fillna(value=False).astype(bool))
+    ranked = tested.sort_values(["again", "tagged", "write_change"], ascending=False, kind="stable")
+    count = min(count, len(ranked))
+    most, least = ranked.head(count - count // 2), ranked.tail(count // 2).iloc[::-1]
+    reason = np.select([most.again, most.tagged], ["changed, replicated", "changed"], "largest of the others")
+    chosen = pd.concat([most.assign(selected_for=reason), least.assign(selected_for="least changed")])
+    return chosen.drop(columns=["tagged", "again"])
 
 
 def top_tokens(evidence: Evidence, s: int, count: int) -> list[int]:

@@ -9,10 +9,22 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from rlsae.comparison.tags import TAGS
-from rlsae.divergence.figures import TITLES, charts, further_charts
-from rlsae.report import figures, findings, formatting
-from rlsae.report.content import chain, changes, families, latents, qualities, records, shifts, tuning_metrics, well_explained
+from rlsae.comparison.kinds import TAGS
+from rlsae.divergence.figures import TITLES, agreement_and_steps, charts
+from rlsae.report import change_figures, figures, findings, formatting
+from rlsae.report.content import (
+    chain,
+    changes,
+    families,
+    largest_changes,
+    latents,
+    qualities,
+    records,
+    shifts,
+    transfers,
+    tuning_metrics,
+    well_explained,
+)
 from rlsae.report.study import Study
 from rlsae.resumable import Stage
 from rlsae.status import BANNER, write_banner
@@ -22,6 +34,8 @@ SAMPLES = 20
 """Prompts whose responses are shown side by side."""
 PREVIEW = 6
 """Latents on the main page."""
+LARGEST = 10
+"""Changed latents on the main page."""
 
 
 def build_report(
@@ -54,6 +68,8 @@ def index(study: Study, digests: dict[str, str]) -> str:
     layers = pd.read_parquet(study.divergence / "layers.parquet")
     curves = {key: pd.read_parquet(folder / "metrics.parquet") for key, folder in study.dictionaries.items()}
     explained, changed = latents(study), changes(study)
+    compared = pd.read_parquet(study.comparison / "latents.parquet")
+    levels = pd.read_parquet(study.comparison / "levels.parquet")
     return render(
         "index.html.j2",
         study=study,
@@ -79,13 +95,20 @@ def index(study: Study, digests: dict[str, str]) -> str:
         families=families(layers),
         shifts=shifts(layers, chosen["layers"]),
         divergence_charts=charts(layers, chosen["layers"]),
-        further_charts=further_charts(
+        agreement_and_steps=agreement_and_steps(
             pd.read_parquet(study.divergence / "steps.parquet"), pd.read_csv(study.divergence / "agreement.tsv", sep="\t")
         ),
         qualities=qualities(study),
+        transfers=transfers(study),
         training_curves=figures.training_curves(curves),
         changes=changed,
         tags=TAGS,
+        write_change=change_figures.write_change(compared, levels),
+        angles=change_figures.angles(compared),
+        tag_counts=change_figures.tag_counts(compared),
+        largest_changes=largest_changes(explained, LARGEST),
+        ablations=records(pd.read_parquet(study.interpretation / "ablations.parquet")),
+        map_directions=records(pd.read_parquet(study.interpretation / "map_directions.parquet")),
         cosines=records(study.aggregates),
         cosine_labels={measure: label for measure, (label, *_) in figures.COSINES.items()},
         cosine_dots=figures.cosine_dots(study.aggregates),

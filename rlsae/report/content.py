@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from rlsae.artifacts import Manifest, stored_bytes
-from rlsae.comparison.tags import CHANGED
+from rlsae.comparison.kinds import CHANGED
 from rlsae.divergence.figures import FAMILIES, whole_layers
 from rlsae.report.formatting import listing, number, visible
 from rlsae.report.study import KEY, Study
@@ -65,6 +65,18 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """What the dictionaries of one policy are worth to both, as means over seeds."""
+
+    role: str
+    policy: str
+    layer: int
+    dictionary: str
+    scores: list[tuple[float | None, Any]]
+    """FVU on the rows of base and tuned, then CE and KL recovered in base and tuned: each with its interval."""
+
+
+@dataclass(frozen=True)
 class Changes:
     """What the test says of the latents of one layer and dictionary."""
 
@@ -73,7 +85,7 @@ class Changes:
     tags: dict[str, int | None]
     """Latents with each tag, and how many of the changed ones are `replicated`."""
     shares: dict[str, float]
-    """Of the rows' variance that differs; of that difference, what each level holds."""
+    """Of the rows' variance that differs; of that difference, what each level holds; of the tested latents, how many move."""
     diffuse: bool
 
     @property
@@ -225,7 +237,7 @@ def changes(study: Study) -> list[Changes]:
     for layer, entry in study.manifests["comparison"].metrics["layers"].items():
         for name, figures in entry["dictionaries"].items():
             of_pair = levels[(levels.layer == int(layer)) & (levels.dictionary == name)]
-            shares = of_pair[["difference", "mean_shift", "linear_map", "tagged"]].mean().to_dict()
+            shares = of_pair[["difference", "mean_shift", "linear_map", "tagged", "moved"]].mean().to_dict()
             found.append(Changes(int(layer), name, figures["tags"], shares, bool(of_pair.diffuse.any())))
     return found
 
@@ -237,6 +249,19 @@ def qualities(study: Study) -> list[Quality]:
         for role, layer, name in study.dictionaries
         for seed, scores in sorted(study.manifests[f"{role} layer {layer} {name}"].metrics.items())
     ]
+
+
+def transfers(study: Study) -> list[Transfer]:
+    """One row per layer, dictionary and policy that it was trained for."""
+    found = []
+    for layer, entry in study.manifests["comparison"].metrics["layers"].items():
+        for name, figures in entry["dictionaries"].items():
+            for role, policy in study.policies.items():
+                measures = [f"fvu_{role}_on_{other}" for other in study.policies]
+                measures += [f"{score}_recovered_{role}_in_{other}" for score in ("ce", "kl") for other in study.policies]
+                scores = [(figures[measure], figures[f"{measure}_ci95"]) for measure in measures]
+                found.append(Transfer(role, policy, int(layer), name, scores))
+    return found
 
 
 def latents(study: Study) -> list[Latent]:
@@ -258,6 +283,12 @@ def well_explained(latents: list[Latent], count: int) -> list[Latent]:
     """The latents of the tuned model whose explanations do best on held-out rows."""
     scored = [latent for latent in latents if latent.row["role"] == "tuned" and latent.row["status"] == "scored"]
     return sorted(scored, key=lambda latent: -latent.row["detection_auc"])[:count]
+
+
+def largest_changes(latents: list[Latent], count: int) -> list[Latent]:
+    """The latents whose writes changed most: replicated ones first, and none without a tag."""
+    changed = [latent for latent in latents if latent.row["tag"] in CHANGED]
+    return sorted(changed, key=lambda latent: (latent.row["replicated"] is not True, -latent.row["write_change"]))[:count]
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

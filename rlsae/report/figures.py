@@ -29,7 +29,9 @@ COSINES = {
     "mmcs_base_tuned_other_seed": ("base ↔ tuned, other seed", ACCENT, "full"),
     "mmcs_floor": ("floor: two seeds, one model", INK, "full"),
     "mmcs_small_big_base": ("base", ROLE["base"], "full"),
+    "mmcs_small_big_base_max": ("base, nearest", ROLE["base"], "full"),
     "mmcs_small_big_tuned": ("tuned", ROLE["tuned"], "full"),
+    "mmcs_small_big_tuned_max": ("tuned, nearest", ROLE["tuned"], "full"),
 }
 """Label, colour and filling of each dot, in the order of the figure."""
 

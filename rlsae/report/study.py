@@ -77,6 +77,7 @@ class Study:
     def aggregates(self) -> pd.DataFrame:
         """Mean matched cosines with a `note` that says why a value is missing, ordered by layer, sizes last."""
         table = pd.read_parquet(self.comparison / "aggregates.parquet")
+        table = table[table.measure.str.startswith("mmcs")]
         seeds = {name: len(self.manifests[f"{role} layer {layer} {name}"].metrics) for role, layer, name in self.dictionaries}
         one = table.dictionary.map(seeds) == 1
         table["note"] = ""

@@ -35,10 +35,10 @@ def write_policy(folder, model, tokenizer):
     return finish(folder, "models")
 
 
-def tiny_model(family, layers=3, vocabulary=64):
-    """A random model without a tokenizer: width 16, some layers."""
+def tiny_model(family, layers=3, vocabulary=64, width=16):
+    """A random model without a tokenizer, narrow and with some layers."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "max_position_embeddings": 32}
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2, "max_position_embeddings": 32}
     config = AutoConfig.for_model(family, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **sizes)
     if hasattr(config, "intermediate_size"):
         config.intermediate_size = 24

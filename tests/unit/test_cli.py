@@ -122,7 +122,7 @@ def test_every_option_of_a_verb_is_described(verb):
 
 def test_without_a_verb_all_of_them_are_listed(tmp_path):
     output = CliRunner().invoke(cli.app, ["--help"]).output
-    assert set(VERBS) <= set(re.findall(r"\w+", output))
+    assert set(VERBS) <= set(re.findall(r"[\w-]+", output))
 
 
 # --- mistakes ----------------------------------------------------------------------------------------------------
@@ -371,10 +371,13 @@ def test_the_stages_behind_a_tuning_run_one_by_one_from_the_command_line(rlsae, 
     named += [f"--store={role}={folder}" for role, folder in stores.items()]
     comparison = results / "comparison/main"
     settings = '{"dictionaries": ["small"], "sizes": null}'
-    succeed(rlsae, "compare", "--settings", settings, *named, "--out", comparison, "--threads", 1)
+    options = [f"--weights={role}={folder / 'model'}" for role, folder in policies.items()] + ["--tokens", tokens]
+    succeed(rlsae, "compare", "--settings", settings, *named, *options, "--out", comparison, "--threads", 1)
     assert Manifest.read(comparison).metrics["layers"].keys() == {"1"}
 
-    options = ["--comparison", comparison, "--model", results / "models/tiny", "--out", results / "interpretation/main"]
+    options = ["--comparison", comparison, "--out", results / "interpretation/main", "--corpus", corpus]
+    options += [f"--{role}={folder}" for role, folder in policies.items()]
+    options += [f"--tuned-weights={policies['tuned'] / 'model'}"]
     succeed(rlsae, "interpret", "--settings", '{"latents": 4}', *named, *options, "--threads", 1)
     explained = pd.read_parquet(results / "interpretation/main/latents.parquet")
     assert set(explained.role) == {"base", "tuned"}

@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from small_artifacts import finish, random_documents, tokens_of, write_dictionaries, write_policy, write_store
+from small_tunings import entry
 
 from rlsae.activations.store import ActivationStore
 from rlsae.artifacts import MANIFEST, Manifest
+from rlsae.config import Interpretation
 from rlsae.interpretation import examples as examples_module
 from rlsae.interpretation.examples import gather, top_windows
 from rlsae.interpretation.stage import MIN_COUNT, MIN_HELD_OUT_FIRINGS, build_interpretation, detection_auc, select, top_tokens
@@ -117,26 +119,36 @@ def test_a_document_whose_positions_were_all_dropped_has_no_window(planted):
 # --- selection ---------------------------------------------------------------------------------------------------
 
 
-def matched(cosines, firings=100):
-    table = pd.DataFrame({"latent": range(len(cosines)), "match_cosine_decoder": cosines})
-    return table.assign(firings=firings)
+def latents(changes, tagged=(), replicated=()):
+    """Write changes of latents, nan for a dead one."""
+    numbers = range(len(changes))
+    tag = ["dead" if np.isnan(change) else "rotated" if n in tagged else "unchanged" for n, change in enumerate(changes)]
+    again = pd.array([n in replicated if n in tagged else None for n in numbers], dtype="boolean")
+    return pd.DataFrame({"latent": numbers, "write_change": changes, "tag": tag, "replicated": again})
 
 
 @pytest.mark.parametrize(
-    ("count", "least", "best"),
+    ("count", "most", "least"),
     [(4, [1, 3], [0, 4]), (3, [1, 3], [0]), (1, [1], []), (5, [1, 3, 2], [0, 4]), (9, [1, 3, 2], [0, 4])],
 )
-def test_half_of_the_latents_are_the_least_matched_and_half_the_best(count, least, best):
-    selected = select(matched([0.9, 0.1, 0.5, 0.3, 0.7]), count)
+def test_half_of_the_latents_changed_most_and_half_least(count, most, least):
+    selected = select(latents([0.1, 0.9, 0.5, 0.7, 0.3]), count)
     groups = {reason: rows.latent.tolist() for reason, rows in selected.groupby("selected_for")}
-    assert groups.get("least matched", []) == least
-    assert groups.get("best matched", []) == best
+    assert groups.get("largest of the others", []) == most
+    assert groups.get("least changed", []) == least
     assert selected.latent.is_unique
 
 
-def test_latents_that_fire_too_rarely_or_have_no_partner_are_not_selected():
-    firings = [100, MIN_HELD_OUT_FIRINGS, 0, 100]
-    assert set(select(matched([0.5, 0.6, 0.7, np.nan], firings), 4).latent) == {0, 1}
+def test_tagged_latents_come_first_and_replicated_ones_before_them():
+    selected = select(latents([0.9, 0.5, 0.6, 0.7, 0.2, 0.1], tagged=[1, 2, 3], replicated=[1]), 6)
+    assert selected.latent.tolist()[:3] == [1, 3, 2]
+    assert selected.selected_for.tolist() == ["changed, replicated", "changed", "changed"] + ["least changed"] * 3
+
+
+def test_latents_that_could_not_be_tested_are_not_selected():
+    table = latents([0.5, 0.6, 0.7, np.nan])
+    table.loc[2, "tag"] = "untestable"
+    assert set(select(table, 4).latent) == {0, 1}
 
 
 # --- explanation and score ---------------------------------------------------------------------------------------
@@ -212,8 +224,14 @@ def test_a_latent_that_fires_everywhere_is_not_scored(planted):
 
 
 @pytest.fixture(scope="module")
-def model(random_model, tokenizer, tmp_path_factory):
-    return write_policy(tmp_path_factory.mktemp("model") / "models" / "tiny", random_model("gpt_neox"), tokenizer)
+def policies(random_model, tokenizer, corpus, tmp_path_factory):
+    """Artifacts of base and tuned, weights of the latter, and the corpus of its prompts."""
+    folder = tmp_path_factory.mktemp("policies")
+    base = write_policy(folder / "models" / "tiny", random_model("gpt_neox"), tokenizer)
+    recipe = {"tuning": entry().settings(), "reward": {"kind": "lexicon"}}
+    tuned = write_policy(folder / "policies" / "tiny.ppo", random_model("gpt_neox"), tokenizer)
+    finish(tuned, "policies", parameters=recipe)
+    return base, tuned, tuned / "model", corpus
 
 
 CHANNELS = [
@@ -225,12 +243,10 @@ CHANNELS = [
 
 
 @pytest.fixture
-def interpret(model, tmp_path):
+def interpret(policies, tmp_path):
     """Function of changes: folder of the interpretation of a base with planted latents and of a tuned policy like it."""
 
-    def build(
-        folder="a", channels=CHANNELS, tokens=TOKENS, cosines=(0.9, 0.1, 0.5, 0.3), seeds=(0, 1), firings=None, **settings
-    ):
+    def build(folder="a", channels=CHANNELS, tokens=TOKENS, changes=(0.1, 0.9, 0.5, 0.7), seeds=(0, 1), **settings):
         results = tmp_path / folder / "results"
         acts = np.stack(channels, 1).astype(float)
         stores, dictionaries, rows = {}, {}, []
@@ -239,15 +255,15 @@ def interpret(model, tmp_path):
             path = results / "dictionaries" / f"{policy}.reviews" / "layer0" / "small"
             saes = {seed: identity(len(channels)) for seed in seeds}
             dictionaries[role, 0, "small"] = write_dictionaries(path, saes)
-            held_out = np.repeat(tokens.held_out, np.diff(tokens.start))
-            counted = (acts[held_out] > 0).sum(0) if firings is None else firings
             for seed in seeds:
                 key = {"role": role, "layer": 0, "dictionary": "small", "seed": seed}
-                rows.append(matched(cosines, counted).assign(**key))
+                rows.append(latents(changes).assign(**key))
         comparison = finish(results / "comparison" / "main", "comparison")
         pd.concat(rows).to_parquet(comparison / "latents.parquet", index=False)
+        pd.DataFrame({"layer": [0], "rank": [0]}).to_parquet(comparison / "levels.parquet", index=False)
         out = results / "interpretation" / "main"
-        build_interpretation(SETTINGS | settings, out, None, comparison, dictionaries, stores, model)
+        entry = Interpretation(**SETTINGS | settings)
+        build_interpretation(entry, out, None, comparison, dictionaries, stores, *policies, None)
         return out
 
     return build
@@ -263,7 +279,8 @@ def test_a_planted_latent_is_explained_by_its_token(interpret, tokenizer):
         assert set(mine.explanation[2].removeprefix("fires on ").split(" ")) == named
         assert mine.detection_auc[[0, 1, 2]].tolist() == [1, 1, 1]
         assert (mine.status == "scored").all()
-        assert mine.selected_for.to_dict() == {1: "least matched", 3: "least matched", 0: "best matched", 2: "best matched"}
+        most, least = "largest of the others", "least changed"
+        assert mine.selected_for.to_dict() == {1: most, 3: most, 0: least, 2: least}
 
 
 def test_the_first_seed_is_explained_whatever_the_order_of_the_seeds(interpret):
@@ -315,7 +332,7 @@ def test_a_latent_without_an_explanation_has_a_row_with_its_reason_and_no_score(
         token[rows[:20]] = RARE + np.arange(20) % 20
     tokens = tokens_of(np.split(token, TOKENS.start[1:-1]))
     channels = [token >= RARE, token == A]
-    table = pd.read_parquet(interpret(channels=channels, tokens=tokens, cosines=(0.1, 0.9)) / "latents.parquet")
+    table = pd.read_parquet(interpret(channels=channels, tokens=tokens, changes=(0.9, 0.1)) / "latents.parquet")
     rare = table[(table.role == "base") & (table.latent == 0)].iloc[0]
     assert rare.explanation == ""
     assert rare.status == "no token fires it often enough"
@@ -324,8 +341,9 @@ def test_a_latent_without_an_explanation_has_a_row_with_its_reason_and_no_score(
 
 def test_a_study_whose_latents_are_all_dead_has_tables_without_rows(interpret):
     dead = [np.zeros(ROWS), np.zeros(ROWS)]
-    out = interpret(channels=dead, cosines=(np.nan, np.nan))
-    assert Manifest.read(out).metrics == {"latents_explained": 0, "detection_auc": None}
+    out = interpret(channels=dead, changes=(np.nan, np.nan))
+    metrics = {"latents_explained": 0, "detection_auc": None}
+    assert Manifest.read(out).metrics == metrics | {"ablation_reward_change": None, "ablation_random_quantile": None}
     assert len(pd.read_parquet(out / "latents.parquet")) == 0
     assert [*KEY, "rank"] == list(pd.read_parquet(out / "examples.parquet").columns)[:6]
 

@@ -18,6 +18,7 @@ from rlsae.models import (
     build_model,
     check_tokenizer,
     component,
+    computed_once,
     context_limit,
     load,
     module_path,
@@ -132,6 +133,25 @@ def test_an_output_is_replaced_only_within_the_context_also_when_it_fails(model,
     with pytest.raises(ZeroDivisionError), replace_output(model, 0, hook, lambda acts_BTD: acts_BTD / (1 // 0)):
         logits(model)
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_blocks_before_a_layer_are_computed_once_and_no_bit_changes(model, layer, hook):
+    def shift(acts_BTD):
+        return acts_BTD.roll(1, -1)
+
+    with replace_output(model, layer, hook, shift):
+        expected = logits(model)
+    passes = []
+    handle = next(blocks(model)[0].children()).register_forward_hook(lambda *_: passes.append(1))
+    with computed_once(model, layer):
+        clean = logits(model)
+        with replace_output(model, layer, hook, shift):
+            assert torch.equal(logits(model), expected)
+    handle.remove()
+    assert len(passes) == (1 if layer else 2)
+    assert torch.equal(logits(model), clean)
 
 
 @pytest.mark.parametrize("hook", HOOKS)

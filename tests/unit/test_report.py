@@ -20,7 +20,20 @@ from rlsae.report.formatting import interval, listing, number, percent, quoted, 
 MEASURES = ("weight_l2_sum", "activation_l2_relative", "kl_swap_out", "reward_swap_out")
 TAGS = {"unchanged": 90, "removed": 1, "added": 2, "rotated": 3, "rescaled": 4, "untestable": 20, "dead": 8}
 LEVEL = {"layer": 1, "dictionary": "small", "difference": 0.05, "mean_shift": 0.2, "linear_map": 0.6, "tagged": 0.1}
-LEVEL |= {"diffuse": False}
+LEVEL |= {"diffuse": False, "moved": 0.25, "minimum_effect": 0.35}
+DIRECTION = {"layer": 1, "direction": 0, "share": 0.4, "lowers": "‹ bad›", "written_at": "‹ is›", "reward_correlation": 0.31}
+DIRECTION |= {"reward_correlation_low": 0.25, "reward_correlation_high": 0.37}
+TRANSFER = {
+    f"{score}_{role}_{where}_{policy}": 0.05 if role == policy else 0.2
+    for score, where in [("fvu", "on"), ("ce_recovered", "in"), ("kl_recovered", "in")]
+    for role in ("base", "tuned")
+    for policy in ("base", "tuned")
+}
+TRANSFER |= {f"{measure}_ci95": [value - 0.01, value + 0.01] for measure, value in TRANSFER.items()}
+TRANSFER |= {"ce_recovered_base_in_tuned": None, "ce_recovered_base_in_tuned_ci95": None}
+ABLATION = {"layer": 1, "dictionary": "small", "seed": 0, "latents": 3, "reward": 1.5, "reward_change": -0.41}
+ABLATION |= {"ci_low": -0.52, "ci_high": -0.31, "random_change": -0.02, "random_low": -0.06, "random_high": 0.01}
+ABLATION |= {"random_quantile": 0.97}
 EVIL = "<script>alert('x')</script> & \"quoted\""
 PPO = {
     "evaluation_prompts": 512,
@@ -58,7 +71,7 @@ def cosines(seeds, sizes):
     figures = [("mmcs_base_tuned", 0.78, True), ("mmcs_base_tuned_other_seed", 0.31, two), ("mmcs_floor", 0.33, two)]
     rows = [("small", *figure) for figure in figures]
     if sizes:
-        rows += [("small→big", f"mmcs_small_big_{role}", 0.35, True) for role in ("base", "tuned")]
+        rows += [("small→big", f"mmcs_small_big_{role}{end}", 0.35, True) for role in ("base", "tuned") for end in ("", "_max")]
     return [
         {"layer": 1, "dictionary": name, "measure": measure, "value": value if known else np.nan}
         | {"ci_low": value - 0.03 if known else np.nan, "ci_high": value + 0.03 if known else np.nan, "latents": 9 * known}
@@ -86,11 +99,18 @@ def report(tmp_path_factory):
             for i in range(latents)
         ]
         told = [
-            {"selected_for": "least matched", "explanation": f"fires on ‹ {evil}›"}
+            {"selected_for": "least changed", "explanation": f"fires on ‹ {evil}›"}
             | ({"detection_auc": np.nan, "status": "not scored"} if i % 2 else {"detection_auc": 0.9, "status": "scored"})
             for i in range(len(keys))
         ]
-        matched = {"density": 0.01, "match_cosine_decoder": 0.8, "floor_percentile": np.nan if len(seeds) == 1 else 90.0}
+        changed = {"write_change": 0.8, "write_angle": 40.0, "tag": "rotated", "replicated": True, "firings": 500}
+        matched = changed | {
+            "density": 0.01,
+            "match_cosine_decoder": 0.8,
+            "floor_percentile": np.nan if len(seeds) == 1 else 90.0,
+        }
+        tags = TAGS | {"replicated": 3 if len(seeds) > 1 else None}
+        score = {"layer": 1, "dictionary": "small", "measure": "fvu_base_on_tuned", "value": 0.2}
         window = {"document": 3, "held_out": True, "peak": 1, "tokens": [evil, " film\n", " x"], "activations": [0.5, 2.0, 0.0]}
         tuning = {"method": "ppo", "reward": "vader", "kl_target": None}
         scores = {"fvu": 0.05, "explained_variance": 0.95, "l0": 6.0, "dead_share": 0.01, "ce_recovered": None}
@@ -143,12 +163,13 @@ def report(tmp_path_factory):
             divergence=divergence,
             comparison=artifact(
                 results / "comparison" / "demo",
-                {"layers": {"1": {"dictionaries": {"small": {"tags": TAGS | {"replicated": 3 if len(seeds) > 1 else None}}}}}},
+                {"layers": {"1": {"dictionaries": {"small": TRANSFER | {"tags": tags}}}}},
                 {},
                 {
                     "levels.parquet": [LEVEL | {"role": role, "seed": seed} for role in ("base", "tuned") for seed in seeds],
-                    "aggregates.parquet": cosines(seeds, sizes),
-                    "latents.parquet": [{**key, **matched, "match_latent": key["latent"]} for key in keys],
+                    "aggregates.parquet": [*cosines(seeds, sizes), score],
+                    "latents.parquet": [{**key, **matched, "match_latent": key["latent"]} for key in keys]
+                    or [{"role": "base", "layer": 1, "dictionary": "small", "seed": 0, "latent": 0, **matched}],
                 },
             ),
             interpretation=artifact(
@@ -158,6 +179,8 @@ def report(tmp_path_factory):
                 {
                     "latents.parquet": [key | row for key, row in zip(keys, told, strict=True)],
                     "examples.parquet": [{**key, **window, "rank": 0} for key in keys],
+                    "ablations.parquet": [ABLATION] if keys else [],
+                    "map_directions.parquet": [DIRECTION | {"raises": f"‹ {evil}›"}] if keys else [],
                 },
             ),
             dictionaries=dictionaries,
@@ -347,3 +370,45 @@ def test_other_texts():
     assert size(12) == "12 B"
     assert listing([1, 2, 3]) == "1, 2 and 3"
     assert quoted("fires on ‹ a› ‹\n›") == "fires on ‹·a› ‹⏎›"
+
+
+# --- what changed ------------------------------------------------------------------------------------------------
+
+
+def section(page, name):
+    return re.search(rf'<section id="{name}">(.*?)</section>', page, re.DOTALL)[1]
+
+
+def test_what_changed_is_drawn_and_told(plain):
+    text = section(pages(plain)["index.html"], "changes")
+    assert text.count("<svg") == 3  # write changes and angles of the one layer, tags
+    assert "25 %" in text  # of the latents move
+    assert re.search(r"rotated, replicated</td><td class=\"n\">0.800", text)
+    assert "40°" in text
+
+
+def test_the_directions_of_the_shared_map_are_told_with_their_reward(plain):
+    text = section(pages(plain)["index.html"], "changes")
+    assert "‹·a·film›" in text
+    assert "‹·bad›" in text
+    assert re.search(r"0.31.*?0.250 to 0.370", text, re.DOTALL)
+
+
+def test_what_ablation_costs_stands_beside_what_random_sets_cost(plain):
+    text = section(pages(plain)["index.html"], "changes")
+    assert re.search(r"−0.410 <small>−0.520 to −0.310</small>.*?−0.0200.*?97 %", text, re.DOTALL)
+
+
+def test_a_study_without_explained_latents_or_a_map_says_so(report):
+    text = section(pages(report(latents=0, out="empty"))["index.html"], "changes")
+    assert "No explained latent is tagged." in text
+    assert "No layer has one" in text
+    assert "Nothing was ablated" in text
+
+
+def test_what_a_dictionary_is_worth_to_either_model_is_told_beside_its_scores(plain):
+    text = section(pages(plain)["index.html"], "dictionaries")
+    (table,) = re.findall(r"<h3>In the other model</h3>.*?</table>", text, re.DOTALL)
+    rows = [re.findall(r'<td class="n">([\d.]+|n/a)(?: <small>.*?</small>)?</td>', row) for row in table.split("<tr>")[2:]]
+    assert rows == [["0.0500", "0.200", "0.0500", "n/a", "0.0500", "0.200"], ["0.200", "0.0500"] * 3]
+    assert table.count("<small>0.190 to 0.210</small>") == 5

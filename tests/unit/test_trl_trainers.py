@@ -1,4 +1,4 @@
-"""DPO, RLOO and GRPO by TRL's trainers: what they learn, what they publish, and how they survive a kill."""
+"""DPO, RLOO and GRPO by TRL's trainers: what they learn, and from what."""
 
 from __future__ import annotations
 
@@ -7,58 +7,28 @@ import json
 import math
 import shutil
 from functools import cache
-from itertools import count, pairwise
+from itertools import count
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small_artifacts import write_policy
+from small_trl import LORA, METHODS, SAMPLING, entry, whole_or_lora
+from small_tunings import FAMILY, equal, letters
 
-from rlsae.artifacts import MANIFEST, Manifest
-from rlsae.config import DPOTuning, GeneratedCorpus, GRPOTuning, Lora, PythonReward, RLOOTuning
-from rlsae.corpora import DOCUMENTS, PAIRS, build_corpus
+from rlsae.corpora import DOCUMENTS, PAIRS
 from rlsae.errors import RlsaeError
-from rlsae.models import load, save
+from rlsae.models import load
 from rlsae.preferences import shared_start
 from rlsae.resumable import Stage
-from rlsae.tuning import stage as policies
-from rlsae.tuning.history import History
-from rlsae.tuning.stage import build_policy
-from rlsae.tuning.trl_trainers import COMPLETE, Bookkeeping, last_checkpoint, positions_from_mask, tune
+from rlsae.tuning.trl_trainers import positions_from_mask, tune
 from tests.conftest import FAMILIES
-
-KINDS = {"dpo": DPOTuning, "rloo": RLOOTuning, "grpo": GRPOTuning}
-METHODS = list(KINDS)
-SAMPLING = ["rloo", "grpo"]
-LORA = {"lora": Lora(rank=2, alpha=4)}
-REWARD = "def reward(prompts, responses):\n    return [text.count('e') for text in responses]\n"
-FAMILY = "gpt_neox"
-
-whole_or_lora = pytest.mark.parametrize("changes", [{}, LORA], ids=["whole", "lora"])
-
-
-def entry(method, **changes):
-    sizes = {"batches": 3, "batch_size": 8, "learning_rate": 1e-3, "evaluation_prompts": 8}
-    sizes |= {} if method == "dpo" else {"minibatch_size": 4}
-    lengths = {"query_tokens": (2, 4), "response_tokens": (3, 6)}
-    return KINDS[method](**{"method": method, "reward": "letters", "corpus": "reviews"} | sizes | lengths | changes)
-
-
-def letters(prompts, responses):
-    """An easy reward: the share of letters of a response that are vowels."""
-    return [sum(letter in "aeiou" for letter in response) / (1 + len(response)) for response in responses]
-
-
-def tensors(one, other):
-    return zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-
-
-def equal(one, other):
-    return all(torch.equal(a, b) for a, b in tensors(one, other))
 
 
 def distance(one, other):
-    return torch.cat([(a - b).flatten() for a, b in tensors(one, other)]).norm().item()
+    weights = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return torch.cat([(a - b).flatten() for a, b in weights]).norm().item()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,15 +36,6 @@ def on_the_cpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLSAE_DEVICE", "cpu")
         yield
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """Folder of a corpus artifact: 60 generated preference pairs, 15 of them held out."""
-    folder = tmp_path_factory.mktemp("results") / "corpora" / "pairs"
-    made = GeneratedCorpus(source="generated", kind="preferences", documents=60, held_out=0.25)
-    build_corpus(made, made.settings(), folder, None, None)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +48,7 @@ def base(random_model, tokenizer, tmp_path_factory):
         its_tokenizer = copy.deepcopy(tokenizer)
         its_tokenizer.pad_token = pad
         folder = models / f"{family}-{len(list(models.glob('*')))}"
-        save(random_model(family), its_tokenizer, folder / "model")
-        (folder / MANIFEST).write_text(Manifest("models", {}, {}, {}, {}).to_json())
-        return folder
+        return write_policy(folder, random_model(family), its_tokenizer)
 
     return write
 
@@ -109,22 +68,6 @@ def run(base, corpus, pairs, tmp_path):
         return made
 
     return tuned
-
-
-@pytest.fixture(scope="module")
-def publish(base, corpus, pairs, tmp_path_factory):
-    """Function of a folder, a method and settings: publish a tuning there."""
-    path = tmp_path_factory.mktemp("rewards") / "reward.py"
-
-    def build(out, method, source=REWARD, **changes):
-        path.write_text(source)
-        settings = entry(method, **changes)
-        reward = PythonReward(kind="python", path=str(path))
-        told = {"tuning": settings.settings(), "reward": reward.settings()}
-        build_policy(settings, reward, told, out, None, base(), pairs if method == "dpo" else corpus, path, None)
-        return out
-
-    return build
 
 
 # --- what is learned ---------------------------------------------------------------------------------------------
@@ -305,154 +248,3 @@ def test_prompts_that_all_fill_the_longest_text_are_refused(run, longest):
 def test_texts_longer_than_the_context_are_refused_with_both_numbers(run):
     with pytest.raises(RlsaeError, match="max_tokens: 65 tokens are asked for, the model's context holds 64"):
         run("dpo", max_tokens=65)
-
-
-@pytest.mark.parametrize("method", SAMPLING)
-def test_a_reward_that_is_no_number_stops_the_tuning_and_is_named_with_its_sample(publish, tmp_path, method):
-    source = "def reward(prompts, responses):\n    return [float('nan')] * len(responses)\n"
-    with pytest.raises(RlsaeError, match=r"reward\.py:reward returned nan for prompt '.+', response '"):
-        publish(tmp_path / "tuned", method, source)
-
-
-# --- what is published -------------------------------------------------------------------------------------------
-
-SETTINGS = {method: {"batches": 8 if method == "dpo" else 5, "checkpoints": 2} for method in METHODS}
-STEPS = {"dpo": [3, 5], "rloo": [2, 3], "grpo": [2, 3]}
-OF_SAMPLES = {"reward", "kl", "response_length", "clip_fraction"}
-COLUMNS = {"dpo": {"preference_accuracy", "margin"}, "rloo": OF_SAMPLES, "grpo": OF_SAMPLES}
-
-
-@pytest.fixture(scope="module")
-def published(publish, tmp_path_factory):
-    """Function of a method and adapters: a tuning published without an interruption, from an empty folder."""
-    results, elsewhere = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("elsewhere")
-
-    @cache
-    def build(method, lora):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(elsewhere)
-            patch.setattr("datasets.config.HF_DATASETS_CACHE", elsewhere / "cache")
-            return publish(results / f"{method}-{lora}" / "tuned", method, **SETTINGS[method], **(LORA if lora else {}))
-
-    build.elsewhere = elsewhere
-    return build
-
-
-@whole_or_lora
-@pytest.mark.parametrize("method", METHODS)
-def test_a_tuning_is_published_with_its_checkpoints_history_samples_and_evaluation(published, base, method, changes):
-    out, steps = published(method, bool(changes)), STEPS[method]
-    manifest = Manifest.read(out)
-    assert set(manifest.outputs) == {"model", "checkpoints", "history.parquet", "samples.parquet"}
-    assert manifest.metrics["checkpoints"] == sorted(int(path.name) for path in (out / "checkpoints").iterdir()) == steps
-    history = pd.read_parquet(out / "history.parquet")
-    assert history.batch.tolist() == list(range(SETTINGS[method]["batches"]))
-    assert set(history) == {"batch", "entropy", "loss", "learning_rate"} | COLUMNS[method]
-    assert len(pd.read_parquet(out / "samples.parquet")) == manifest.metrics["evaluation_prompts"] == 8
-    folders = [base() / "model", *(out / "checkpoints" / str(step) for step in steps), out / "model"]
-    assert not any(equal(one, other) for one, other in pairwise(load(folder)[0] for folder in folders))
-    assert len(json.loads((out / "provenance.json").read_text())["samples_per_second"]) == len(history)
-
-
-@whole_or_lora
-@pytest.mark.parametrize("method", METHODS)
-def test_only_the_weights_of_a_published_model_differ_from_its_base(published, base, method, changes):
-    out, base_folder = published(method, bool(changes)), base() / "model"
-    _, base_tokenizer = load(base_folder)
-    for folder in (out / "model", *(out / "checkpoints").iterdir()):
-        assert {path.name for path in folder.iterdir()} == {path.name for path in base_folder.iterdir()}
-        for name in ("config.json", "generation_config.json", "tokenizer.json"):
-            assert (folder / name).read_text() == (base_folder / name).read_text()
-        _, its_tokenizer = load(folder)
-        assert its_tokenizer.special_tokens_map == base_tokenizer.special_tokens_map
-        assert its_tokenizer.padding_side == base_tokenizer.padding_side
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_nothing_is_written_outside_the_folder_of_the_tuning(published, method):
-    out = published(method, False)
-    assert list(published.elsewhere.iterdir()) == []
-    assert list(out.parent.iterdir()) == [out]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_tuning_that_learned_nothing_gains_nothing_and_costs_nothing(publish, tmp_path, method):
-    metrics = Manifest.read(publish(tmp_path / "tuned", method, learning_rate=0.0)).metrics
-    assert metrics["kl"] == 0.0
-    assert metrics["reward_gain"] == 0.0
-    assert metrics["reward_gain_ci95"][0] <= 0.0 <= metrics["reward_gain_ci95"][1]
-    assert metrics.get("preference_accuracy", 0.5) == 0.5
-    assert ("preference_accuracy" in metrics) == (method == "dpo")
-
-
-# --- a kill ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def killed(publish, monkeypatch):
-    """Function of a function's owner and name and a condition: publish, and be killed in a call where it holds."""
-    monkeypatch.setenv("RLSAE_SAVE_SECONDS", "0")
-
-    def build(owner, function, condition, *arguments, **changes):
-        original = getattr(owner, function)
-
-        def kill(*given, **named):
-            if condition(*given):
-                raise KeyboardInterrupt
-            return original(*given, **named)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, function, kill)
-            with pytest.raises(KeyboardInterrupt):
-                publish(*arguments, **changes)
-
-    return build
-
-
-def same_artifact(one, other):
-    return (one / MANIFEST).read_bytes() == (other / MANIFEST).read_bytes()
-
-
-def batches_of_earlier_runs(out):
-    return json.loads((out / "provenance.json").read_text())["samples_per_second"].count(None)
-
-
-@whole_or_lora
-@pytest.mark.parametrize(("method", "batch"), [("dpo", 6), ("dpo", 7), ("rloo", 3), ("grpo", 3)])
-def test_a_tuning_that_was_killed_goes_on_and_ends_with_the_same_bits(
-    publish, published, killed, tmp_path, method, batch, changes
-):
-    told = tmp_path / "tuned", method
-    killed(History, "add", lambda history, row: len(history.rows) == batch, *told, **SETTINGS[method], **changes)
-    resumed = publish(*told, **SETTINGS[method], **changes)
-    assert batches_of_earlier_runs(resumed) == batch
-    assert same_artifact(published(method, bool(changes)), resumed)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_tuning_that_was_killed_in_its_evaluation_is_not_tuned_further(publish, published, killed, tmp_path, method):
-    killed(policies, "evaluate", lambda *_: True, tmp_path / "tuned", method, **SETTINGS[method])
-    resumed = publish(tmp_path / "tuned", method, **SETTINGS[method])
-    assert len(pd.read_parquet(resumed / "history.parquet")) == SETTINGS[method]["batches"]
-    assert same_artifact(published(method, False), resumed)
-
-
-@pytest.mark.parametrize("saved", [0, 3])
-def test_a_state_whose_writing_was_killed_is_deleted_and_not_used(publish, published, killed, tmp_path, saved):
-    told = tmp_path / "tuned", "dpo"
-    killed(Bookkeeping, "on_save", lambda kept, a, state, *_: state.global_step == saved + 1, *told, **SETTINGS["dpo"])
-    half = tmp_path / ".tuned.work" / "trainer" / f"checkpoint-{saved + 1}" / "model.safetensors"
-    half.write_bytes(half.read_bytes()[:100])
-    resumed = publish(*told, **SETTINGS["dpo"])
-    assert batches_of_earlier_runs(resumed) == saved
-    assert same_artifact(published("dpo", False), resumed)
-
-
-def test_the_newest_state_that_was_written_to_its_end_is_the_one_to_go_on_from(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step in (9, 10, 11):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert not (tmp_path / "checkpoint-11").exists()

@@ -4,14 +4,18 @@
 rule interpret:
     input:
         comparison="results/comparison/{study}/manifest.json",
-        latents=ancient("results/comparison/{study}/latents.parquet"),
+        tables=ancient(expand("results/comparison/{{study}}/{table}.parquet", table=["latents", "levels"])),
         dictionaries=lambda wildcards: dictionary_files(wildcards.study),
         stores=lambda wildcards: store_files(wildcards.study),
-        model=lambda wildcards: policy_files(CONFIG.studies[wildcards.study].model),
+        policies=lambda wildcards: [file for policy in roles(wildcards.study).values() for file in policy_files(policy)],
+        corpus=lambda wildcards: corpus_files(prompts_of(wildcards.study)),
+        reward=lambda wildcards: source_files(reward_of_study(wildcards.study)),
     output:
         latents="results/interpretation/{study}/latents.parquet",
         explanations="results/interpretation/{study}/explanations.parquet",
         examples="results/interpretation/{study}/examples.parquet",
+        directions="results/interpretation/{study}/map_directions.parquet",
+        ablations="results/interpretation/{study}/ablations.parquet",
         manifest=ensure("results/interpretation/{study}/manifest.json", non_empty=True),
     log:
         "logs/interpretation/{study}.log",
@@ -28,8 +32,8 @@ rule interpret:
         code=code_digest("interpretation"),
         dictionaries=dictionary_options,
         stores=store_options,
-        model=lambda wildcards: policy_folder(CONFIG.studies[wildcards.study].model),
+        policies=interpretation_policies,
     shell:
         "python -m rlsae interpret --settings {params.settings:q} --comparison results/comparison/{wildcards.study}"
-        " {params.dictionaries} {params.stores} --model {params.model} --threads {threads}"
+        " {params.dictionaries} {params.stores} {params.policies} --threads {threads}"
         " --out results/interpretation/{wildcards.study} --work results/.work/interpretation/{wildcards.study} >> {log} 2>&1"
