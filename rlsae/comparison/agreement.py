@@ -35,14 +35,15 @@ def agreement(
     count = 0
     for _, *acts, held_out_B in rows.batches(where):
         latents = [
-            sae.encode(acts_BD[held_out_B])[:, chosen[role]]
+            sae.encode(acts_BD[held_out_B]).index_select(1, chosen[role])
             for (role, sae), acts_BD in zip(sorted(saes.items()), acts, strict=True)
         ]
+        fires = [latents_BP.sign() for latents_BP in latents]
         for number, latents_BP in enumerate(latents):
-            fired_P[number] += (latents_BP > 0).sum(0)
+            fired_P[number] += fires[number].sum(0)
             summed_P[number] += latents_BP.sum(0)
             squared_P[number] += latents_BP.square().sum(0)
-        both_P += ((latents[0] > 0) & (latents[1] > 0)).sum(0)
+        both_P += (fires[0] * fires[1]).sum(0)
         product_P += (latents[0] * latents[1]).sum(0)
         count += len(latents[0])
     variance_P = squared_P / count - (summed_P / count).square()

@@ -78,9 +78,9 @@ def measure(sae: SparseAutoencoder, store: ActivationStore, layer: int, where: t
     rows = 0
     for _, acts_BD in held_out_batches(store, layer, where):
         latents_BF = sae.encode(acts_BD)
-        firings_F += (latents_BF > 0).sum(0)
-        total_F += latents_BF.double().sum(0)
-        largest_F = torch.maximum(largest_F, latents_BF.max(0).values)
+        firings_F += latents_BF.sign().sum(0).long()
+        total_F += latents_BF.sum(0)
+        largest_F = torch.maximum(largest_F, latents_BF.amax(0))
         rows += len(acts_BD)
     firings = firings_F.cpu().numpy()
     return Member(

@@ -75,7 +75,7 @@ def _train(recipe: dict[str, Any], store: ActivationStore, where: torch.device) 
     """Dictionaries of a plant's rows by seed, trained as the stage trains them."""
     entry = parse_settings(AnyDictionary, canonical_json(recipe))
     order = store.row_order(0, entry.batch_rows, ROW_ORDER_SEED, entry.epochs)
-    mean_D, scale = centre_and_scale(store, 0, entry.normalize, where)
+    mean_D, scale = centre_and_scale(store, 0, entry, where)
     members = new_members(entry, order.shape[1], store.group.attrs["policy"], where)
     with Stage("dictionaries", store.path.parent / "dictionary", recipe, {}) as stage:
         train(members, order, entry, mean_D, scale, stage)

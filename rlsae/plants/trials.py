@@ -23,7 +23,7 @@ NULL = "null-"
 RECIPES: dict[str, dict[str, Any]] = {
     "topk": {"k": 8},
     "batchtopk": {"k": 8},
-    "relu": {"l1": 0.02},
+    "relu": {"l1": 0.1},
     "tied_relu": {"l1": 0.02},
 }
 """What each architecture's dictionaries have of their own; their sparsity was not tuned on these plants."""

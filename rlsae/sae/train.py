@@ -68,9 +68,7 @@ def build_dictionaries(
         else:
             order = store.row_order(layer, entry.batch_rows, ROW_ORDER_SEED, entry.epochs)
             started = autoencoders_of_base(start, entry) if entry.start == "from_base" else {}
-            mean_D, facts["scale"] = centre_and_scale(store, layer, entry.normalize, where)
-            if entry.normalize and ARCHITECTURES[entry.architecture].unit_length:
-                facts["scale"] /= math.sqrt(order.shape[1])
+            mean_D, facts["scale"] = centre_and_scale(store, layer, entry, where)
             for sae in started.values():  # so that unit rows stay unit rows, and base and tuned start as one function
                 facts["scale"] = sae.metadata["rlsae"]["scale"]
             members = new_members(entry, order.shape[1], store.group.attrs["policy"], where)
@@ -236,12 +234,14 @@ def rows_digest(order: RowOrder) -> str:
     return f"sha256:{found.hexdigest()}"
 
 
-def centre_and_scale(store: ActivationStore, layer: int, normalize: bool, where: torch.device) -> tuple[Tensor, float]:
-    """Mean [D] to subtract and factor that brings the mean variance of a channel to 1; 0 and 1 without `normalize`."""
+def centre_and_scale(store: ActivationStore, layer: int, entry: Dictionary, where: torch.device) -> tuple[Tensor, float]:
+    """Mean [D] to subtract and factor that brings the mean variance of a channel to 1, or of a row where the architecture
+    trains on rows of unit length; 0 and 1 without `normalize`."""
     mean_D, second_D = store.statistics(layer)
-    if not normalize:
+    if not entry.normalize:
         return torch.zeros(len(mean_D), device=where), 1.0
-    variance = float((second_D - mean_D**2).mean())
+    variance_D = second_D - mean_D**2
+    variance = float(variance_D.sum() if ARCHITECTURES[entry.architecture].unit_length else variance_D.mean())
     return torch.from_numpy(mean_D).float().to(where), 1 / math.sqrt(variance)
 
 

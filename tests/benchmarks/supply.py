@@ -83,7 +83,7 @@ def step_times(store: ActivationStore, expansion: float, where: torch.device, se
     """Mean seconds of a step fed from the store and of one fed from memory, which alternate."""
     entry = TiedReluDictionary(expansion=expansion)
     channels = store.acts(0).shape[1]
-    mean_D, scale = train.centre_and_scale(store, 0, True, where)
+    mean_D, scale = train.centre_and_scale(store, 0, entry, where)
     order = store.row_order(0, entry.batch_rows, seed, epochs=3)
     from_store = train._normalised(order, 0, mean_D, scale, where)
     first = sum(batches for epoch, _, batches in order.windows if epoch == 0)

@@ -69,7 +69,7 @@ def trained(activations, tmp_path):
 
     def run(store=None, layer=LAYER, **changes):
         store, recipe = store or ActivationStore(activations), entry_of(**changes)
-        mean_D, scale = centre_and_scale(store, layer, recipe.normalize, CPU)
+        mean_D, scale = centre_and_scale(store, layer, recipe, CPU)
         order = store.row_order(layer, recipe.batch_rows, module.ROW_ORDER_SEED, recipe.epochs)
         members = new_members(recipe, order.shape[1], "tiny", CPU)
         with Stage("dictionaries", tmp_path / "trained", recipe.settings(), {}) as stage:
@@ -82,16 +82,17 @@ def trained(activations, tmp_path):
 # --- training ----------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_centred_and_their_mean_variance_is_one(activations):
+@pytest.mark.parametrize(("architecture", "variance"), [("topk", "mean"), ("relu", "sum")])
+def test_rows_are_centred_and_the_variance_of_a_channel_or_of_a_row_is_one(activations, architecture, variance):
     store = ActivationStore(activations)
-    mean_D, scale = centre_and_scale(store, LAYER, True, CPU)
+    mean_D, scale = centre_and_scale(store, LAYER, entry_of(architecture=architecture), CPU)
     rows = (store.acts(LAYER)[:] - mean_D.numpy()) * scale
     np.testing.assert_allclose(rows.mean(0), 0, atol=1e-5)
-    assert rows.var(0).mean() == pytest.approx(1, rel=1e-5)
+    assert getattr(rows.var(0), variance)() == pytest.approx(1, rel=1e-5)
 
 
 def test_rows_are_left_as_they_are_where_the_recipe_says_so(activations):
-    mean_D, scale = centre_and_scale(ActivationStore(activations), LAYER, False, CPU)
+    mean_D, scale = centre_and_scale(ActivationStore(activations), LAYER, entry_of(normalize=False), CPU)
     assert not mean_D.any()
     assert scale == 1.0
 
@@ -124,8 +125,9 @@ def test_planted_directions_are_found(trained, tmp_path):
     acts = {0: (active_NF * rng.uniform(1, 2, active_NF.shape)) @ truth_FD}
     tokens = tokens_of(random_documents([40] * 200))
     store = ActivationStore(write_store(tmp_path / "planted", tokens, acts, rows_per_part=1024))
-    members, _ = trained(store, 0, epochs=40, batch_rows=128, l1=0.05, expansion=1.5, seeds=[0], learning_rate=1e-2)
-    mean_D, scale = centre_and_scale(store, 0, True, CPU)
+    recipe = {"epochs": 40, "batch_rows": 128, "l1": 0.05, "expansion": 1.5, "seeds": [0], "learning_rate": 1e-2}
+    members, _ = trained(store, 0, **recipe)
+    mean_D, scale = centre_and_scale(store, 0, entry_of(**recipe), CPU)
     sae = members[0].export().reading_raw_rows(mean_D, scale)
     quality, _ = held_out_quality(sae, store, 0, CPU)
     assert quality["fvu"] < 0.12
