@@ -78,6 +78,7 @@ ON_PLANT = [
     Contender("topk"),
     Contender("batchtopk"),
     Contender("matryoshka"),
+    Contender("matryoshka", "rlsae", "quarter"),
     Contender("tied_relu"),
 ]
 ON_MODEL = [

@@ -48,7 +48,7 @@ class Options:
     sparsity: float = 0.1
     """Weight of L1, or of jumprelu's (L0 / k - 1)², beside the squared error of rows of mean squared length 1."""
     variant: str = ""
-    """Which of its trainers, where a library has several."""
+    """Which of its trainers, where a library has several; of rlsae's matryoshka `quarter`: its first prefix is a quarter."""
     learning_rate: float = 1e-3
     seed: int = 0
     precision: str = "highest"
@@ -112,6 +112,7 @@ def rlsae(options: Options, rows: Rows) -> None:
         "tied_relu": {"l1": options.sparsity * options.channels**-0.5},
         "gated": {"l1": options.sparsity},
         "jumprelu": {"l0": options.k, "l0_weight": options.sparsity},
+        "matryoshka": {"k": options.k} | ({"prefixes": [0.25, 0.5, 1.0]} if options.variant == "quarter" else {}),
     }.get(options.architecture, {"k": options.k})
     entry = parse_settings(AnyDictionary, json.dumps(settings))
     members = new_members(entry, options.channels, "benchmark", torch.device("cpu"))
