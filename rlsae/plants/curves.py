@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlsae.plants.score import planted
-from rlsae.plants.trial import DIRECTIONS, SCORES
+from rlsae.plants.trial import DIRECTIONS, SCORES, WAYS
 from rlsae.plants.trials import MAIN
 from rlsae.plots import STYLE, standalone
 from rlsae.resumable import Stage
@@ -85,25 +85,26 @@ def draw(tables: dict[str, pd.DataFrame]) -> Figure:
     shown = {name: table[(table.architecture == MAIN) & (table.variation == "rest")] for name, table in tables.items()}
     most = shown["summary"].documents.max()
     effects, densities = (shown[name][shown[name].documents == most] for name in ("effects", "densities"))
-    rows = shown["summary"].sort_values("documents")
+    rows = shown["summary"].sort_values("documents", kind="stable")
     rows = rows.assign(rows=(100 * rows.documents).map("{:,}".format))
     figure = Figure(figsize=(PANEL[0] * 3, PANEL[1] * 2), layout="constrained")
     panels = figure.subplots(2, 3)
     _lines(panels[0, 0], effects, "effect", "recall", "Recall of covered changes, by effect")
     _lines(panels[0, 1], densities, "density", "recall", "Recall of covered changes, by density")
-    seen = densities[densities.way == densities.way.iloc[0]]
+    seen = densities[densities.way == WAYS[0]]
     _lines(panels[0, 2], seen, "density", "coverage", "Coverage of directions, by density")
     _lines(panels[1, 0], rows, "rows", "recall_covered", "Recall of covered changes, by rows")
     _lines(panels[1, 1], rows, "rows", "false_discovery", "False discovery rate, by rows")
-    _lines(panels[1, 2], rows[rows.way == rows.way.iloc[0]], "rows", "coverage", "Coverage of changes, by rows")
+    _lines(panels[1, 2], rows[rows.way == WAYS[0]], "rows", "coverage", "Coverage of changes, by rows")
     panels[0, 0].tick_params(axis="x", rotation=60)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
 def _lines(axes: Axes, table: pd.DataFrame, x: str, y: str, title: str) -> None:
-    """A line per way."""
-    for way, rows in table.groupby("way", sort=False):
-        axes.plot(rows[x], rows[y], marker="o", markersize=3, label=way)
+    """A line per way, in its own colour whatever ways there are."""
+    for number, way in enumerate(WAYS):
+        rows = table[table.way == way]
+        axes.plot(rows[x], rows[y], marker="o", markersize=3, label=way, color=f"C{number}")
     axes.set_ylim(-0.03, 1.03)
     axes.set_title(title)

@@ -36,6 +36,13 @@ from rlsae.sae.train import ROW_ORDER_SEED, centre_and_scale, new_members, train
 
 SAME_COSINE, SAME_SCALE_ERROR = 0.7, 0.5
 """From which a latent counts as unchanged where cosines, or latent scaling, decide."""
+WAYS = (
+    "write change",
+    "write change, replicated",
+    "decoder cosine < 0.7",
+    "below the floor of seeds",
+    "scale error < 0.5",
+)
 SCORES, DIRECTIONS = "scores.parquet", "directions.parquet"
 
 Tags = dict[str, NDArray[np.str_]]
@@ -112,14 +119,14 @@ def tag(saes: ByRoleAndSeed, rows: PairedRows, where: torch.device) -> tuple[dic
     scale_error = {role: pairs[first].columns[role].scale_error.to_numpy()[testable[role, first]] for role in ROLES}
     partner = {role: matched((role, first), (other_role(role), first)) for role in ROLES}
     floor = {role: matched((role, first), (role, second)) for role in ROLES}
-    ways = {
-        "write change": {role: pairs[first].columns[role].tag.to_numpy() for role in ROLES},
-        "write change, replicated": {role: _replicated(role, pairs, decoders) for role in ROLES},
-        "decoder cosine < 0.7": tags_of({role: partner[role] < SAME_COSINE for role in ROLES}),
-        "below the floor of seeds": tags_of({role: _below_floor(partner[role], floor[role]) for role in ROLES}),
-        "scale error < 0.5": tags_of({role: scale_error[role] < SAME_SCALE_ERROR for role in ROLES}),
-    }
-    return ways, pairs[first].levels[0]["rank"]
+    tags = [
+        {role: pairs[first].columns[role].tag.to_numpy() for role in ROLES},
+        {role: _replicated(role, pairs, decoders) for role in ROLES},
+        tags_of({role: partner[role] < SAME_COSINE for role in ROLES}),
+        tags_of({role: _below_floor(partner[role], floor[role]) for role in ROLES}),
+        tags_of({role: scale_error[role] < SAME_SCALE_ERROR for role in ROLES}),
+    ]
+    return dict(zip(WAYS, tags, strict=True)), pairs[first].levels[0]["rank"]
 
 
 def _replicated(
