@@ -63,24 +63,6 @@ K = ("topk", "batchtopk", "matryoshka")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 L1 = (0.1, 0.2, 0.4, 0.8)
 SPARSITIES = {"relu": L1, "tied_relu": L1, "gated": L1, "jumprelu": (0.01, 0.1, 1.0, 10.0)} | dict.fromkeys(K, (3, 4, 5))
-ON_PLANT = [
-    Contender("relu"),
-    Contender("relu", "sae_lens"),
-    Contender("relu", "dictionary_learning"),
-    Contender("relu", "dictionary_learning", "april"),
-    Contender("gated"),
-    Contender("gated", "sae_lens"),
-    Contender("gated", "dictionary_learning"),
-    Contender("jumprelu"),
-    Contender("jumprelu", "sae_lens", "step"),
-    Contender("jumprelu", "sae_lens", "quadratic"),
-    Contender("jumprelu", "dictionary_learning"),
-    Contender("topk"),
-    Contender("batchtopk"),
-    Contender("matryoshka"),
-    Contender("matryoshka", "rlsae", "quarter"),
-    Contender("tied_relu"),
-]
 ON_MODEL = [
     Contender("relu"),
     Contender("relu", "sae_lens"),
@@ -94,7 +76,25 @@ ON_MODEL = [
     Contender("batchtopk", "sae_lens"),
     Contender("batchtopk", "dictionary_learning"),
 ]
-CHOSEN: dict[Contender, Settings] = {}
+CHOSEN = {
+    Contender("relu", "rlsae", ""): Settings(0.01, 0.1),
+    Contender("relu", "sae_lens", ""): Settings(0.01, 0.1),
+    Contender("relu", "dictionary_learning", ""): Settings(0.03, 0.2),
+    Contender("relu", "dictionary_learning", "april"): Settings(0.01, 0.1),
+    Contender("gated", "rlsae", ""): Settings(0.01, 0.2),
+    Contender("gated", "sae_lens", ""): Settings(0.01, 0.2),
+    Contender("gated", "dictionary_learning", ""): Settings(0.03, 0.4),
+    Contender("jumprelu", "rlsae", ""): Settings(0.01, 0.1),
+    Contender("jumprelu", "sae_lens", "step"): Settings(0.03, 0.01),
+    Contender("jumprelu", "sae_lens", "quadratic"): Settings(0.01, 0.01),
+    Contender("jumprelu", "dictionary_learning", ""): Settings(0.01, 0.01),
+    Contender("topk", "rlsae", ""): Settings(0.01, 5),
+    Contender("batchtopk", "rlsae", ""): Settings(0.01, 3),
+    Contender("matryoshka", "rlsae", ""): Settings(0.01, 3),
+    Contender("matryoshka", "rlsae", "quarter"): Settings(0.01, 3),
+    Contender("tied_relu", "rlsae", ""): Settings(0.03, 0.2),
+}
+"""For the plant, by `--choose`."""
 
 
 class Contest:
@@ -217,12 +217,12 @@ def main() -> None:
     parser.add_argument("--choose", action="store_true", help="Try the grid of settings instead.")
     parser.add_argument("--architectures", nargs="+", default=list(SPARSITIES), choices=list(SPARSITIES))
     parser.add_argument("--rows", type=int, help="Fewer than the default, to try it out.")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="On the rows of a model.")
+    parser.add_argument("--learning-rate", type=float, default=6e-3, help="On the rows of a model.")
     given = parser.parse_args()
     if not peers.PYTHON.exists():
         raise SystemExit(peers.MISSING)
 
-    on_plant, on_model = ([one for one in all_ if one.architecture in given.architectures] for all_ in (ON_PLANT, ON_MODEL))
+    on_plant, on_model = ([one for one in all_ if one.architecture in given.architectures] for all_ in (list(CHOSEN), ON_MODEL))
     if given.choose:
         return choose(on_plant, given.rows or ROWS["plant"])
     if "plant" in given.rows_of:
