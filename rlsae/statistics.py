@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 2000
+AT_ONCE = 1 << 20
+"""Values that are drawn at once."""
 OUTLIER = 10
 """A row is an outlier when its norm is above so many medians: attention sinks have such rows (Sun et al. 2024)."""
 
@@ -16,7 +18,9 @@ def bootstrap_ci95(values: NDArray[np.floating], seed: int = 0) -> list[float]:
     if not len(values):
         return [float("nan"), float("nan")]
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
+    together = max(1, AT_ONCE // len(values))
+    sizes = [min(together, RESAMPLES - first) for first in range(0, RESAMPLES, together)]
+    means = np.concatenate([values[rng.integers(len(values), size=(size, len(values)))].mean(1) for size in sizes])
     return [float(q) for q in np.quantile(means, [0.025, 0.975])]
 
 

@@ -246,7 +246,7 @@ def compare(
 
 @app.command()
 def interpret(
-    settings: Annotated[str, typer.Option(help="latents, examples, window, top_tokens, random_sets")],
+    settings: Annotated[str, typer.Option(help="latents, listed, examples, window, judged_windows, interventions")],
     comparison: Folder,
     dictionary: Named,
     store: Named,
@@ -259,7 +259,7 @@ def interpret(
     work: Work = None,
     threads: Threads = None,
 ) -> None:
-    """Show where latents fire, explain them by tokens, and ablate the tagged ones; tell what the shared map does.
+    """Explain latents and judge what is said; ablate, scale and transplant them while the models generate.
 
     Example: rlsae interpret --settings '{"latents": 20}' --comparison results/comparison/demo
     --dictionary base/3/small=... --store base=... --base results/models/tiny --tuned results/policies/tiny.ppo

@@ -196,6 +196,11 @@ def write_changes(
     return {role: _compare(role, saes[role], fit, batches[role], maps, rank) for role, fit in fits.items()}, rank
 
 
+def regress_pair(sae: SparseAutoencoder, role: str, rows: PairedRows, maps: LinearMaps, where: torch.device) -> Regression:
+    """Ridge regression of base and tuned rows, side by side and centred, on the code of the rows of one role."""
+    return regress(_coded(sae, role, rows, maps, where))
+
+
 def _coded(sae: SparseAutoencoder, role: str, rows: PairedRows, maps: LinearMaps, where: torch.device) -> Batches:
     mean_E = torch.cat([maps.mean_base_D, maps.mean_tuned_D]).float()
     kept: dict[int, Code] = {}

@@ -96,13 +96,29 @@ class Sizes(Entry):
     big: Slug = Field(description="Another one, with more latents.")
 
 
+class Interventions(Entry):
+    prompts: Positive = Field(128, description="Held-out prompts that every changed model answers.")
+    latents: Positive = Field(10, description="Latents that go most with the reward, to intervene on beside the tagged ones.")
+    random_sets: Annotated[int, Field(gt=0)] = Field(
+        19, description="Random sets of equally dense latents that are ablated beside each set; 19 allow a test at 5 %."
+    )
+    gains: Annotated[list[float], Field(min_length=1)] = Field(
+        [0.0, 0.5, 2.0, 4.0], description="What the activations of a set are multiplied by in the dose–response curve."
+    )
+
+
 class Interpretation(Entry):
     latents: Positive = Field(20, description="Latents explained per policy, layer and dictionary.")
+    listed: dict[str, list[Annotated[int, Field(ge=0)]]] = Field(
+        {}, description="Latents to explain besides, by layer/dictionary: {3/big: [17, 40]}."
+    )
     examples: Positive = Field(10, description="Top activating windows per latent.")
     window: Positive = Field(16, description="Tokens per window.")
-    top_tokens: Positive = Field(8, description="Tokens that the explanation names.")
-    random_sets: Annotated[int, Field(ge=0)] = Field(
-        19, description="Random sets of equally dense latents that are ablated beside the tagged ones; 0: no ablation."
+    judged_windows: Positive = Field(
+        50, description="Held-out windows in which a latent fires, and as many others, on which explanations are judged."
+    )
+    interventions: Interventions | None = Field(
+        Interventions(), description="Latents changed while the models generate; null: none."
     )
 
 

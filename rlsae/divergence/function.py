@@ -31,7 +31,7 @@ from rlsae.errors import RlsaeError
 from rlsae.models import blocks, check_same_shape
 from rlsae.rewards import Reward
 from rlsae.statistics import bootstrap_weights
-from rlsae.tuning.held_out import HeldOutPrompts
+from rlsae.tuning.fixed_prompts import FixedPrompts
 
 DOCUMENTS = 64
 PROMPTS = 128
@@ -108,7 +108,7 @@ def kl_of_swaps(base: PreTrainedModel, tuned: PreTrainedModel, tokens: Tokens) -
 
 def reward_of_swaps(base: PreTrainedModel, tuned: PreTrainedModel, sample: Sample) -> dict[str, Array]:
     """Difference of reward at each prompt [N, L] for both directions."""
-    prompts = HeldOutPrompts.draw(sample.corpus, sample.tokenizer, base, sample.entry, sample.reward, PROMPTS)
+    prompts = FixedPrompts.draw(sample.corpus, sample.tokenizer, base, sample.entry, sample.reward, PROMPTS)
     base_N, tuned_N = prompts.rewards(base), prompts.rewards(tuned)
     swap_in_NL, swap_out_NL = np.zeros((2, len(base_N), len(blocks(base))))
     for layer in range(len(blocks(base))):

@@ -27,7 +27,7 @@ from rlsae.layout import folder_layer_count
 from rlsae.models import load
 from rlsae.progress import Progress
 from rlsae.resumable import Stage
-from rlsae.tuning.held_out import judged_by
+from rlsae.tuning.fixed_prompts import judged_by
 
 
 @dataclass(frozen=True)

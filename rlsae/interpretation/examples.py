@@ -1,11 +1,6 @@
-"""Where latents fire: token statistics and top windows, in one pass over a store.
-
-Shapes: B rows, S selected latents, V tokens.
-"""
+"""Where latents fire: their activations at all rows of a store, and the strongest windows. Shapes: B rows, S latents."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,34 +13,17 @@ ROWS = 8192
 """Rows that are encoded at once."""
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What the selected latents of one dictionary do on the rows of a store."""
-
-    row_acts_NS: NDArray[np.float32]
-    """Activation of each selected latent at every row [rows, S]."""
-    token_mean_SV: NDArray[np.float64]
-    """Mean activation at each token over the training documents; 0 where the token does not occur."""
-    token_count_V: NDArray[np.int64]
-    """Occurrences of each token in the training documents."""
-
-
 @torch.inference_mode()
-def gather(sae: SparseAutoencoder, store: ActivationStore, layer: int, latents: NDArray[np.int64]) -> Evidence:
-    """Encode every row; keep the selected latents."""
-    selected = torch.tensor(latents)
-    row_acts_NS = np.empty((store.rows, len(latents)), np.float32)
+def row_acts(
+    sae: SparseAutoencoder, store: ActivationStore, layer: int, latents: NDArray[np.int64], where: torch.device
+) -> NDArray[np.float32]:
+    """Activation of some latents at every row of a layer [rows, S], in one pass."""
+    selected = torch.tensor(latents, device=where)
+    acts_NS = np.empty((store.rows, len(latents)), np.float32)
     for first in range(0, store.rows, ROWS):
-        latents_BF = sae.encode(torch.from_numpy(store.read(layer, first, first + ROWS)).float())
-        row_acts_NS[first : first + ROWS] = latents_BF[:, selected].numpy()
-    token = store.group["token"][:]
-    train = ~store.held_out_rows()
-    vocabulary = int(token.max()) + 1
-    count_V = np.bincount(token[train], minlength=vocabulary)
-    sums_SV = np.zeros((len(latents), vocabulary))
-    for s in range(len(latents)):
-        sums_SV[s] = np.bincount(token[train], row_acts_NS[train, s], vocabulary)
-    return Evidence(row_acts_NS, sums_SV / np.maximum(count_V, 1), count_V)
+        acts_BD = torch.from_numpy(store.read(layer, first, first + ROWS)).to(where, torch.float32)
+        acts_NS[first : first + ROWS] = sae.encode(acts_BD)[:, selected].cpu().numpy()
+    return acts_NS
 
 
 def top_windows(

@@ -1,14 +1,14 @@
 """What an explanation is, and what those that make and judge explanations must offer.
 
-An explanation is a text for people; an executable one also predicts how strongly the latent fires at each token of any
-tokens, so that it is judged without a language model.
+An explanation is a text for people; an executable one also predicts how strongly the latent fires at each token of a window, so
+that it is judged without a language model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,12 @@ class Explanation:
     """Empty where the status is not `explained`."""
     status: str = EXPLAINED
     """Or why there is none."""
-    predict: Callable[[NDArray[np.int64]], NDArray[np.floating]] | None = None
-    """Predicted activation at each of some consecutive tokens, given their ids [T] → [T]; none if it is a text alone."""
+    predict: Callable[[Window], NDArray[np.floating]] | None = None
+    """Predicted activation [T] at the tokens of a window, from its tokens alone; none where there is only a text."""
+
+    @classmethod
+    def none(cls, why: str) -> Explanation:
+        return cls("", why)
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,7 @@ class Score:
         return cls(float("nan"), float("nan"), float("nan"), why)
 
 
-class Explainer(Protocol):
-    """Says what makes a latent fire, from training documents alone."""
-
-    def explain(self, evidence: Evidence) -> Explanation: ...
-
-
-class Judge(Protocol):
-    """Scores an explanation on windows that its explainer has not seen."""
-
-    def score(self, explanation: Explanation, active: Sequence[Window], silent: Sequence[Window], seed: int) -> Score: ...
+Explainer = Callable[["Evidence"], Explanation]
+"""Says what makes a latent fire, from training documents alone."""
+Judge = Callable[[Explanation, Sequence[Window], Sequence[Window], int], Score]
+"""Scores an explanation on held-out windows in which the latent fires and in which it does not, with a seed."""

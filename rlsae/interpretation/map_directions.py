@@ -18,15 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlsae.activations.store import ActivationStore
-from rlsae.comparison.linear_map import LinearMaps, fit_linear_maps
+from rlsae.comparison.linear_map import LinearMaps
 from rlsae.comparison.paired_rows import PairedRows
+from rlsae.interpretation.logit_lens import TOKENS, raised_and_lowered
 from rlsae.rewards import Reward
 from rlsae.statistics import bootstrap_weights
 
 DIRECTIONS = 8
 """At most so many are told."""
-TOKENS = 8
-"""Tokens named for each."""
 MIN_COUNT = 20
 """Occurrences below which a token's mean coordinate says little."""
 COLUMNS = [
@@ -35,58 +34,41 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def all_map_directions(
-    stores: dict[str, ActivationStore],
-    ranks: dict[int, int],
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    reward: Reward,
-) -> pd.DataFrame:
-    """The table of all layers, given the rank of the map that the latents of each share."""
-    tables = [
-        map_directions(PairedRows(stores["base"], stores["tuned"], layer), rank, base, tokenizer, reward)
-        for layer, rank in ranks.items()
-        if rank
-    ]
-    return pd.concat([pd.DataFrame(columns=COLUMNS), *tables], ignore_index=True)
-
-
 @torch.inference_mode()
 def map_directions(
     rows: PairedRows,
+    maps: LinearMaps,
     rank: int,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    reward: Reward,
+    rewards_T: NDArray[np.float64],
 ) -> pd.DataFrame:
     """A row of `COLUMNS` for each of the first directions of a layer's map.
 
     Args:
         rank: of the map that the layer's latents share; no more directions than that are told.
+        rewards_T: of the documents of the stores.
     """
     where = next(base.parameters()).device
-    maps = fit_linear_maps(rows, where)
     count = min(rank, DIRECTIONS)
     directions_DR = maps.directions_DD[:, :count]
     # The sign of a principal direction is arbitrary: let the mean be shifted along it.
     directions_DR = directions_DR * torch.where((maps.mean_tuned_D - maps.mean_base_D) @ directions_DR < 0, -1.0, 1.0)
     moved_NR = _coordinates(rows, maps, maps.slope_DD @ directions_DR, where)
-    lens_VR = base.get_output_embeddings().weight.double() @ directions_DR
+    raised_RK, lowered_RK = raised_and_lowered(base, directions_DR.T)
     token_N = rows.base.group["token"][:]
     documents = np.diff(rows.base.start) > 0
     means_TR = np.add.reduceat(moved_NR, rows.base.start[:-1][documents]) / np.diff(rows.base.start)[documents, None]
-    rewards_T = document_rewards(rows, tokenizer, reward)
     table = []
     for direction in range(count):
-        raised = lens_VR[:, direction].argsort(descending=True).cpu().numpy()
         correlation, low, high = correlation_ci95(means_TR[:, direction], rewards_T[documents])
         table.append(
             {
                 "layer": rows.layer,
                 "direction": direction,
                 "share": float(maps.explained_D[direction]),
-                "raises": _named(raised[:TOKENS], tokenizer),
-                "lowers": _named(raised[::-1][:TOKENS], tokenizer),
+                "raises": _named(raised_RK[direction], tokenizer),
+                "lowers": _named(lowered_RK[direction], tokenizer),
                 "written_at": _named(_largest_means(token_N, moved_NR[:, direction]), tokenizer),
                 "reward_correlation": correlation,
                 "reward_correlation_low": low,
@@ -96,9 +78,9 @@ def map_directions(
     return pd.DataFrame(table, columns=COLUMNS)
 
 
-def document_rewards(rows: PairedRows, tokenizer: PreTrainedTokenizerBase, reward: Reward) -> NDArray[np.float64]:
-    """Reward of each document of the stores, as a response to an empty prompt."""
-    token_N, start = rows.base.group["token"][:], rows.base.start
+def document_rewards(store: ActivationStore, tokenizer: PreTrainedTokenizerBase, reward: Reward) -> NDArray[np.float64]:
+    """Reward of each document of a store, as a response to an empty prompt."""
+    token_N, start = store.group["token"][:], store.start
     texts = [tokenizer.decode(token_N[low:high]) for low, high in itertools.pairwise(start)]
     return np.asarray(reward([""] * len(texts), texts), float)
 

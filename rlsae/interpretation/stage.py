@@ -1,43 +1,82 @@
-"""Stage `interpretation`: explain latents of base and tuned by the tokens at which they fire.
+"""Stage `interpretation`: what latents mean, whether they have to do with the feedback, and whether they cause the behaviour.
 
-The explanation is drawn from training documents and scored on held-out ones: how well does the mean activation of a row's
-token tell the rows at which the latent fires from the others (area under the ROC curve)?
-`latents.parquet` has a row per explained latent, `explanations.parquet` one per latent × explainer × judge,
-`examples.parquet` one per window.
+`latents.parquet` has a row per explained latent, `explanations.parquet` one per latent × explainer × judge × control,
+`examples.parquet` one per window, `reward_links.parquet` one per latent of a dictionary; `map_directions.parquet` tells what
+the map that all latents share writes; `ablations.parquet`, `steering.parquet` and `transplants.parquet` what becomes of the
+reward; `summary.json` the figures to quote. Columns: docs/interpretation.md.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlsae.activations.store import ActivationStore
-from rlsae.comparison.kinds import CHANGED, UNTESTED
+from rlsae.comparison.linear_map import LinearMaps, fit_linear_maps
+from rlsae.comparison.paired_rows import PairedRows
 from rlsae.compute import device
 from rlsae.config import Interpretation
-from rlsae.interpretation.ablation import COLUMNS, PROMPTS, ablation
-from rlsae.interpretation.examples import Evidence, gather, top_windows
-from rlsae.interpretation.map_directions import all_map_directions
+from rlsae.interpretation.examples import row_acts
+from rlsae.interpretation.explain import KEY, Findings, Settings, Text, explain_dictionary
+from rlsae.interpretation.interventions.effects import Place
+from rlsae.interpretation.interventions.study import Member, Tables, intervene
+from rlsae.interpretation.map_directions import COLUMNS as DIRECTION_COLUMNS
+from rlsae.interpretation.map_directions import document_rewards, map_directions
+from rlsae.interpretation.positions import Vocabulary
+from rlsae.interpretation.reward_gradient import reward_gradients
+from rlsae.interpretation.reward_link import document_sums, reward_links
+from rlsae.interpretation.selection import listed_latents, select
+from rlsae.interpretation.summary import summarise
 from rlsae.models import load
-from rlsae.progress import Progress, say
+from rlsae.progress import Progress
 from rlsae.resumable import Stage
+from rlsae.rewards import Lexicon, Reward, vader_lexicon
 from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.sae.train import load_members
-from rlsae.tuning.held_out import HeldOutPrompts, judged_by
+from rlsae.tuning.fixed_prompts import FixedPrompts, judged_by
 
-KEY = ["role", "layer", "dictionary", "seed", "latent"]
-MIN_COUNT = 5
-"""Occurrences below which a token's mean activation says little."""
-WEAK = 0.1
-"""Share of the strongest token's mean activation below which a token is not named."""
-MIN_HELD_OUT_FIRINGS = 10
-"""Held-out firings below which a score says little."""
+EXAMPLE_COLUMNS = [*KEY, "rank", "document", "held_out", "peak", "tokens", "activations", "activations_other"]
+EXPLANATION_COLUMNS = [
+    *KEY, "explainer", "judge", "control", "explanation", "score", "ci_low", "ci_high", "status",
+]  # fmt: skip
+LATENT_COLUMNS = [
+    *KEY, "selected_for", "reward_correlation", "reward_gradient", "task_tagged", "task_effect", "explanation",
+    "detection_auc", "status", "raises", "lowers",
+]  # fmt: skip
+ROLES = ("base", "tuned")
+GRADIENT_PROMPTS = 1024
+"""Training prompts whose responses tell which latents raise the reward, at most."""
+
+Key = tuple[str, int, str]
+"""Role, layer and name of a dictionary."""
+Gradient = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is interpreted: both models, and their rows on the same documents."""
+
+    models: dict[str, PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    stores: dict[str, ActivationStore]
+    rows: dict[int, PairedRows]
+    maps: dict[int, tuple[LinearMaps, int]]
+    """By layer, with the rank that its latents share."""
+    reward: Reward
+    rewards_T: NDArray[np.float64]
+    """Of all documents of the stores."""
+
+    @property
+    def hook(self) -> str:
+        return str(self.stores["base"].group.attrs["hook"])
 
 
 def build_interpretation(
@@ -45,10 +84,10 @@ def build_interpretation(
     dictionaries: dict[tuple[str, int, str], Path], stores: dict[str, Path], base: Path, tuned: Path, tuned_weights: Path,
     corpus: Path, reward_file: Path | None,
 ) -> None:  # fmt: skip
-    """Select latents of each policy × layer × dictionary (first seed), show where they fire, explain, score.
+    """Interpret the dictionaries of a study, the first seed of each.
 
     Args:
-        comparison: its artifact, for the selection; dictionaries, stores: as there.
+        comparison: its artifact, for tags and the shared map; dictionaries, stores: as there.
         base, tuned: artifacts of the policies; tuned_weights: transformers folder of the one that is studied.
         corpus: corpus artifact of the tuning's prompts; reward_file: file or folder of its reward, where it has one.
     """
@@ -56,132 +95,112 @@ def build_interpretation(
     inputs |= {f"{role} activations": path for role, path in stores.items()}
     inputs |= {f"{role} layer {layer} {name}": path for (role, layer, name), path in dictionaries.items()}
     inputs |= {"reward": reward_file} if reward_file else {}
-    settings = entry.settings()
-    with Stage("interpretation", out, settings, inputs, work) as stage:
+    with Stage("interpretation", out, entry.settings(), inputs, work) as stage:
         where = device()
-        model, tokenizer = load(base / "model", where)
+        base_model, tokenizer = load(base / "model", where)
+        models = {"base": base_model, "tuned": load(tuned_weights, where)[0]}
         tuning, reward = judged_by(tuned, reward_file)
+        subject = _subject(models, tokenizer, stores, pd.read_parquet(comparison / "levels.parquet"), reward, where)
         table = pd.read_parquet(comparison / "latents.parquet")
-        opened = {role: ActivationStore(path) for role, path in stores.items()}
-        explained: list[dict[str, Any]] = []
-        examples: list[dict[str, Any]] = []
-        progress = Progress("explain", len(dictionaries), "dictionaries")
-        for (role, layer, name), folder in dictionaries.items():
-            seed, path = min(load_members(folder).items())
-            mine = table.query("role == @role and layer == @layer and dictionary == @name and seed == @seed")
-            selection = select(mine, settings["latents"])
-            latents = selection.latent.to_numpy(np.int64)
-            store = opened[role]
-            evidence = gather(SparseAutoencoder.load(path), store, layer, latents)
-            for s, (latent, reason) in enumerate(zip(latents, selection.selected_for, strict=True)):
-                key = dict(zip(KEY, (role, layer, name, seed, int(latent)), strict=True))
-                tokens = top_tokens(evidence, s, settings["top_tokens"])
-                score, status = (
-                    detection_auc(evidence, s, store) if tokens else (float("nan"), "no token fires it often enough")
-                )
-                explained.append(
-                    {
-                        **key,
-                        "selected_for": reason,
-                        "explanation": "fires on " + " ".join(f"‹{tokenizer.decode([t])}›" for t in tokens) if tokens else "",
-                        "detection_auc": score,
-                        "status": status,
-                    }
-                )
-                examples += _windows(key, evidence, s, store, settings, tokenizer)
-            progress.update()
-        latents_table = pd.DataFrame(explained, columns=[*KEY, "selected_for", "explanation", "detection_auc", "status"])
-        latents_table.to_parquet(stage.staging / "latents.parquet", index=False)
-        explanations = latents_table[[*KEY, "explanation", "status"]].assign(
-            explainer="tokens", judge="detection_auc", score=latents_table.detection_auc
-        )
-        explanations.to_parquet(stage.staging / "explanations.parquet", index=False)
-        columns = [*KEY, "rank", "document", "held_out", "peak", "tokens", "activations"]
-        pd.DataFrame(examples, columns=columns).to_parquet(stage.staging / "examples.parquet", index=False)
-        levels = pd.read_parquet(comparison / "levels.parquet")
-        ranks = {layer: int(levels["rank"][levels.layer == layer].max()) for layer in levels.layer.unique().tolist()}
-        directions = all_map_directions(opened, ranks, model, tokenizer, reward)
-        directions.to_parquet(stage.staging / "map_directions.parquet", index=False)
-        policy, _ = load(tuned_weights, where)
-        prompts = HeldOutPrompts.draw(corpus, tokenizer, policy, tuning, reward, PROMPTS)
-        rows = []
-        for (role, layer, name), folder in dictionaries.items():
-            seed, path = min(load_members(folder).items())
-            mine = table.query("role == @role and layer == @layer and dictionary == @name and seed == @seed")
-            if role == "tuned" and entry.random_sets and mine.tag.isin(CHANGED).any():
-                sae = SparseAutoencoder.load(path).to(where)
-                rows.append(ablation(mine, policy, sae, opened[role].group.attrs["hook"], prompts, entry.random_sets))
-                say(f"ablation: layer {layer}, {name}: {rows[-1]['reward_change']:.3f} of {rows[-1]['reward']:.3f}")
-        ablations = pd.DataFrame(rows, columns=COLUMNS)
-        ablations.to_parquet(stage.staging / "ablations.parquet", index=False)
-        scored = latents_table.detection_auc.dropna()
-        mean = float(scored.mean()) if len(scored) else None
-        stage.publish(
-            {"latents_explained": int((latents_table.explanation != "").sum()), "detection_auc": mean} | strongest(ablations)
-        )
-
-
-def strongest(ablations: pd.DataFrame) -> dict[str, Any]:
-    """Metrics of the dictionary whose tagged latents cost most reward when they are ablated."""
-    if ablations.empty:
-        return {"ablation_reward_change": None, "ablation_random_quantile": None}
-    row = ablations.sort_values("reward_change").iloc[0]
-    return {"ablation_reward_change": float(row.reward_change), "ablation_random_quantile": float(row.random_quantile)}
-
-
-def select(table: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Half those whose write changed most, half those whose write changed least, of the tested latents.
-
-    Tagged ones come first, the replicated before the others; `selected_for` says why a latent is there.
-    """
-    tested = table[~table.tag.isin(UNTESTED)]
-    tested = tested.assign(tagged=tested.tag.isin(CHANGED), again=tested.replicated.fillna(value=False).astype(bool))
-    ranked = tested.sort_values(["again", "tagged", "write_change"], ascending=False, kind="stable")
-    count = min(count, len(ranked))
-    most, least = ranked.head(count - count // 2), ranked.tail(count // 2).iloc[::-1]
-    reason = np.select([most.again, most.tagged], ["changed, replicated", "changed"], "largest of the others")
-    chosen = pd.concat([most.assign(selected_for=reason), least.assign(selected_for="least changed")])
-    return chosen.drop(columns=["tagged", "again"])
-
-
-def top_tokens(evidence: Evidence, s: int, count: int) -> list[int]:
-    """Tokens at which a latent fires most strongly on average: often enough seen, and not weak beside the first."""
-    mean_V = np.where(evidence.token_count_V >= MIN_COUNT, evidence.token_mean_SV[s], 0)
-    order = np.argsort(-mean_V, kind="stable")[:count]
-    return [int(token) for token in order if mean_V[token] > WEAK * mean_V[order[0]]]
-
-
-def detection_auc(evidence: Evidence, s: int, store: ActivationStore) -> tuple[float, str]:
-    """Score of the token explanation on held-out rows; nan with a status where it cannot be scored."""
-    held_out = store.held_out_rows()
-    fires = evidence.row_acts_NS[held_out, s] > 0
-    if fires.sum() < MIN_HELD_OUT_FIRINGS or fires.all():
-        return float("nan"), f"fires on {int(fires.sum())} of {len(fires)} held-out rows: not scored"
-    predicted: NDArray[np.float64] = evidence.token_mean_SV[s][store.group["token"][:][held_out]]
-    return float(roc_auc_score(fires, predicted)), "scored"
-
-
-def _windows(
-    key: dict[str, Any],
-    evidence: Evidence,
-    s: int,
-    store: ActivationStore,
-    settings: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[dict[str, Any]]:
-    acts_N = evidence.row_acts_NS[:, s]
-    token = store.group["token"]
-    return [
-        {
-            **key,
-            "rank": rank,
-            "document": document,
-            "held_out": bool(store.held_out[document]),
-            "peak": peak - first,
-            "tokens": [tokenizer.decode([int(t)]) for t in token[first:last]],
-            "activations": acts_N[first:last].tolist(),
+        saes = {key: load_first(folder, where) for key, folder in dictionaries.items()}
+        gradients: dict[Key, Gradient] = {}
+        if entry.interventions:
+            training = FixedPrompts.draw(corpus, tokenizer, base_model, tuning, reward, GRADIENT_PROMPTS, held_out=False)
+            gradients = _gradients(subject, saes, training)
+        found, links, members = _explain(entry, subject, table, saes, gradients, where)
+        effects = Tables.empty()
+        if entry.interventions:
+            prompts = FixedPrompts.draw(corpus, tokenizer, base_model, tuning, reward, entry.interventions.prompts)
+            effects = intervene(entry.interventions, members, models, subject.hook, subject.rows, subject.maps, prompts, where)
+        latents = pd.DataFrame(found.latents, columns=LATENT_COLUMNS).merge(effects.single, "left", KEY)
+        tables = {
+            "latents": latents,
+            "explanations": pd.DataFrame(found.explanations, columns=EXPLANATION_COLUMNS),
+            "examples": pd.DataFrame(found.examples, columns=EXAMPLE_COLUMNS),
+            "reward_links": links,
+            "map_directions": _directions(subject),
+            "ablations": effects.ablations,
+            "steering": effects.steering,
+            "transplants": effects.transplants,
         }
-        for rank, (document, first, last, peak) in enumerate(
-            top_windows(acts_N, store, settings["examples"], settings["window"])
-        )
+        for name, of_name in tables.items():
+            of_name.to_parquet(stage.staging / f"{name}.parquet", index=False)
+        summary = summarise(tables)
+        (stage.staging / "summary.json").write_text(json.dumps(summary, indent=2))
+        stage.publish({key: value for key, value in summary.items() if not isinstance(value, Mapping)})
+
+
+def _subject(
+    models: dict[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    stores: dict[str, Path],
+    levels: pd.DataFrame,
+    reward: Reward,
+    where: torch.device,
+) -> Subject:
+    opened = {role: ActivationStore(stores[role]) for role in ROLES}
+    ranks = {layer: int(levels["rank"][levels.layer == layer].max()) for layer in levels.layer.unique().tolist()}
+    rows = {layer: PairedRows(opened["base"], opened["tuned"], layer) for layer in ranks}
+    maps = {layer: (fit_linear_maps(rows[layer], where), rank) for layer, rank in ranks.items()}
+    return Subject(models, tokenizer, opened, rows, maps, reward, document_rewards(opened["base"], tokenizer, reward))
+
+
+def _explain(
+    entry: Interpretation,
+    subject: Subject,
+    table: pd.DataFrame,
+    saes: dict[Key, tuple[int, SparseAutoencoder]],
+    gradients: dict[Key, Gradient],
+    where: torch.device,
+) -> tuple[Findings, pd.DataFrame, list[Member]]:
+    """Rows of the tables of explained latents, the link of every latent to the reward, the dictionaries' first seeds."""
+    polarity = subject.reward.polarity if isinstance(subject.reward, Lexicon) else vader_lexicon()
+    store = subject.stores["base"]
+    vocabulary = Vocabulary(subject.tokenizer, subject.models["base"].get_input_embeddings().weight.shape[0], polarity)
+    text = Text.of(store, entry.window, vocabulary)
+    training_T = ~np.asarray(store.held_out, bool) & (np.diff(store.start) > 0)
+    listed = listed_latents(entry.listed, [f"{layer}/{name}" for _, layer, name in saes])
+    settings = Settings(entry.judged_windows, entry.examples, entry.window, {}, {})
+    found, members = Findings(), []
+    links: list[pd.DataFrame] = []
+    progress = Progress("explain", len(saes), "dictionaries")
+    for (role, layer, name), (seed, sae) in saes.items():
+        key = {"role": role, "layer": layer, "dictionary": name, "seed": seed}
+        own, other = subject.stores[role], subject.stores[ROLES[role == "base"]]
+        sums = document_sums(sae, own, layer, text.positions, vocabulary.polarity_V, where)
+        link = reward_links(sums, subject.rewards_T[training_T], isinstance(subject.reward, Lexicon))
+        link["reward_gradient"], link["reward_gradient_error"] = gradients.get((role, layer, name), (np.nan, np.nan))
+        link = pd.concat([pd.DataFrame({**key, "latent": np.arange(sae.latents)}), link], axis=1)
+        mine = table[(table[list(key)] == list(key.values())).all(axis=1)].merge(link, on=KEY)
+        selection = select(mine, entry.latents, listed.get(f"{layer}/{name}", []))
+        latents = selection.latent.to_numpy(np.int64)
+        acts_NS = row_acts(sae, own, layer, latents, where)
+        explain_dictionary(key, selection, sae, acts_NS, own, other, text, subject.models[role], settings, found)
+        links.append(link)
+        members.append(Member(role, layer, name, seed, sae, mine, latents.tolist()))
+        progress.update()
+    return found, pd.concat(links, ignore_index=True), members
+
+
+def load_first(folder: Path, where: torch.device) -> tuple[int, SparseAutoencoder]:
+    """The first seed of a dictionaries artifact, and its autoencoder."""
+    seed, path = min(load_members(folder).items())
+    return seed, SparseAutoencoder.load(path).to(where)
+
+
+def _gradients(subject: Subject, saes: dict[Key, tuple[int, SparseAutoencoder]], prompts: FixedPrompts) -> dict[Key, Gradient]:
+    found: dict[Key, Gradient] = {}
+    for role, layer in sorted({key[:2] for key in saes}):
+        keys = [key for key in saes if key[:2] == (role, layer)]
+        place = Place(subject.models[role], layer, subject.hook)
+        found |= zip(keys, reward_gradients(place, [saes[key][1] for key in keys], prompts), strict=True)
+    return found
+
+
+def _directions(subject: Subject) -> pd.DataFrame:
+    tables = [
+        map_directions(subject.rows[layer], maps, rank, subject.models["base"], subject.tokenizer, subject.rewards_T)
+        for layer, (maps, rank) in subject.maps.items()
+        if rank
     ]
+    return pd.concat([pd.DataFrame(columns=DIRECTION_COLUMNS), *tables], ignore_index=True)

@@ -34,6 +34,10 @@ class Window:
     """[T]"""
     acts: NDArray[np.float32]
     """[T]"""
+    position: int = 0
+    """Place of its first token in the document."""
+    before: int = -1
+    """The token before it; -1 at the start of a document."""
 
     @property
     def fires(self) -> bool:
@@ -108,7 +112,8 @@ def draw(
             enough.
 
     Returns:
-        activating, evenly from the quantiles of their largest activation; silent. Numbers of windows, in order of the store.
+        activating, evenly from the quantiles of their largest activation; silent, as many of each length, or a longer window
+        would be the likelier one to fire. Numbers of windows, in order of the store.
     """
     rng = np.random.default_rng(seed)
     largest_W, side_W = cuts.largest(acts_N), cuts.held_out_W == held_out
@@ -117,8 +122,12 @@ def draw(
     # The strongest stratum first: it takes what does not divide evenly.
     sizes = [len(part) for part in np.array_split(np.arange(min(count, len(active))), QUANTILES)]
     taken = [rng.choice(part, min(size, len(part)), replace=False) for part, size in zip(strata[::-1], sizes, strict=True)]
-    silent_W = side_W & (largest_W <= 0)
-    near_W = silent_W & cuts.with_any(near_tokens)
-    near = rng.permutation(np.flatnonzero(near_W))[: count // 2]
-    far = rng.permutation(np.flatnonzero(silent_W & ~near_W))[: count - len(near)]
-    return np.sort(np.concatenate(taken)), np.sort(np.concatenate([near, far]))
+    chosen, silent = np.sort(np.concatenate(taken)), side_W & (largest_W <= 0)
+    near_W, length_W = cuts.with_any(near_tokens), cuts.last_W - cuts.first_W
+    others = []
+    for length, wanted in zip(*np.unique(length_W[chosen], return_counts=True), strict=True):
+        able_W = silent & (length_W == length)
+        near = rng.permutation(np.flatnonzero(able_W & near_W))[: wanted // 2]
+        far = rng.permutation(np.flatnonzero(able_W & ~near_W))[: wanted - len(near)]
+        others += [near, far]
+    return chosen, np.sort(np.concatenate(others)) if others else chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from markupsafe import Markup
 
 from rlsae.comparison.kinds import TAGS
 from rlsae.divergence.figures import TITLES, agreement_and_steps, charts
-from rlsae.report import change_figures, figures, findings, formatting
+from rlsae.report import cause_figures, change_figures, figures, findings, formatting
 from rlsae.report.content import (
     chain,
     changes,
@@ -108,6 +109,11 @@ def index(study: Study, digests: dict[str, str]) -> str:
         tag_counts=change_figures.tag_counts(compared),
         largest_changes=largest_changes(explained, LARGEST),
         ablations=records(pd.read_parquet(study.interpretation / "ablations.parquet")),
+        ablation_sets=cause_figures.SETS,
+        dose_response=cause_figures.dose_response(pd.read_parquet(study.interpretation / "steering.parquet")),
+        transplants=cause_figures.transplant_rows(pd.read_parquet(study.interpretation / "transplants.parquet")),
+        causes=findings.causes_sentence(study.manifests["interpretation"].metrics),
+        scores=cause_figures.scores(json.loads((study.interpretation / "summary.json").read_text())),
         map_directions=records(pd.read_parquet(study.interpretation / "map_directions.parquet")),
         cosines=records(study.aggregates),
         cosine_labels={measure: label for measure, (label, *_) in figures.COSINES.items()},

@@ -119,6 +119,8 @@ class Window:
     document: int
     held_out: bool
     tokens: list[Token]
+    other: list[Token]
+    """The same tokens with what the latent reads in the rows of the other model."""
 
 
 @dataclass(frozen=True)
@@ -306,8 +308,11 @@ def _windows(examples: pd.DataFrame) -> Iterator[Window]:
         yield Window(
             row["document"],
             row["held_out"],
-            [
-                Token(visible(token), activation, activation / largest if largest > 0 else 0.0, place == row["peak"])
-                for place, (token, activation) in enumerate(zip(row["tokens"], row["activations"].tolist(), strict=True))
-            ],
+            *(
+                [
+                    Token(visible(token), activation, min(activation / largest, 1.0), place == row["peak"])
+                    for place, (token, activation) in enumerate(zip(row["tokens"], row[column].tolist(), strict=True))
+                ]
+                for column in ("activations", "activations_other")
+            ),
         )

@@ -11,6 +11,9 @@ from rlsae.divergence.figures import TITLES
 from rlsae.report.content import Changes
 from rlsae.report.formatting import MISSING, alike, interval, listing, number, percent, spread
 
+CAUSAL = 0.95
+"""Share of the random sets that a set of latents must outdo."""
+
 
 def reward_sentence(metrics: dict[str, Any]) -> str:
     """Whether the tuning raised the reward on held-out prompts, and by how much."""
@@ -123,14 +126,25 @@ def cosine_sentences(aggregates: pd.DataFrame) -> str:
 
 
 def latents_sentence(metrics: dict[str, Any]) -> str:
-    """How many latents were explained, and how well the explanations hold on held-out rows."""
+    """How many latents were explained, and how well the explanations hold on held-out documents."""
     if not metrics["latents_explained"]:
         return "No latent was explained."
-    text = f"{number(metrics['latents_explained'])} latents were explained by the tokens at which they fire; "
+    text = f"{number(metrics['latents_explained'])} latents were explained by where they fire and what they write; "
     if metrics["detection_auc"] is None:
-        return text + "none of these explanations could be scored on held-out rows."
+        return text + "none of these explanations could be scored on held-out documents."
     auc = number(metrics["detection_auc"])
-    return text + f"on held-out rows these explanations reach a mean detection AUC of {auc} (0.5 is chance)."
+    return text + f"on held-out documents these explanations reach a mean detection AUC of {auc} (0.5 is chance)."
+
+
+def causes_sentence(metrics: dict[str, Any]) -> str:
+    """Whether some set of latents carries the reward, beside random sets as dense."""
+    if metrics.get("ablation_set") is None:
+        return "No latents were changed while the models wrote."
+    share, change = metrics["ablation_random_quantile"], number(metrics["ablation_reward_change"])
+    what = f"the set whose loss costs most ({metrics['ablation_set']} latents: {change} of reward)"
+    if share >= CAUSAL:
+        return f"Latents carry the reward: {what} costs more than {percent(share)} of random sets as dense."
+    return f"No set of latents was found to carry the reward: {what} outdoes {percent(share)} of random sets as dense."
 
 
 def _column(wide: pd.DataFrame, field: str, measure: str) -> pd.Series:

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlsae.config import Tuning
 from rlsae.corpora import DOCUMENTS, PAIRS
@@ -122,14 +122,16 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     limits: np.ndarray,
-    seed: int,
+    seed: int | None = None,
+    noise: LogitsProcessor | None = None,
 ) -> Rollout:
     """Sample one response per prompt at temperature 1 from the whole distribution (top-k 0, top-p 1).
 
     Args:
         prompts: token ids of B prompts.
         limits: longest response [B] in tokens.
-        seed: of torch's global generator, which `generate` draws from.
+        seed: of torch's global generator, which `generate` draws from; or else
+        noise: adds Gumbel noise to the logits, of which the largest is then taken.
     """
     device = model.device
     longest = max(len(ids) for ids in prompts)
@@ -138,7 +140,8 @@ def generate(
     for row, ids in enumerate(prompts):
         prompt_BQ[row, longest - len(ids) :] = torch.tensor(ids)
         mask_BQ[row, longest - len(ids) :] = True
-    torch.manual_seed(seed)
+    if seed is not None:
+        torch.manual_seed(seed)
     # What our settings leave open is filled from the model's own ones (a repetition penalty, say): the samples would not
     # be the policy's.
     owner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -148,14 +151,12 @@ def generate(
             input_ids=prompt_BQ.to(device),
             attention_mask=mask_BQ.to(device).long(),
             generation_config=GenerationConfig(
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
+                **({"do_sample": False} if noise else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}),
                 max_new_tokens=int(limits.max()),
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.eos_token_id,
             ),
+            logits_processor=LogitsProcessorList([noise] if noise else []),
         )
     finally:
         owner.generation_config = published

@@ -9,8 +9,9 @@ import torch
 from small_artifacts import random_documents, tokens_of, write_store
 
 from rlsae.activations.store import ActivationStore
+from rlsae.comparison.linear_map import fit_linear_maps
 from rlsae.comparison.paired_rows import PairedRows
-from rlsae.interpretation.map_directions import COLUMNS, all_map_directions, correlation_ci95, map_directions
+from rlsae.interpretation.map_directions import correlation_ci95, document_rewards, map_directions
 
 TOKENS = tokens_of([20 + ids % 12 for ids in random_documents([8 + i % 9 for i in range(200)])])
 A, B = 21, 22
@@ -41,8 +42,14 @@ def count_of_a(tokenizer):
     return lambda prompts, responses: [float(response.count(text)) for response in responses]
 
 
+def told(stores, rank, base, tokenizer):
+    rows = PairedRows(stores["base"], stores["tuned"], 0)
+    rewards = document_rewards(stores["base"], tokenizer, count_of_a(tokenizer))
+    return map_directions(rows, fit_linear_maps(rows, torch.device("cpu")), rank, base, tokenizer, rewards)
+
+
 def test_a_direction_is_told_by_what_it_writes_where_and_its_reward(stores, base, tokenizer):
-    table = all_map_directions(stores, {0: 1}, base, tokenizer, count_of_a(tokenizer))
+    table = told(stores, 1, base, tokenizer)
     row = table.iloc[0]
     assert (row.layer, row.direction, len(table)) == (0, 0, 1)
     assert row.share > 0.9
@@ -52,16 +59,9 @@ def test_a_direction_is_told_by_what_it_writes_where_and_its_reward(stores, base
     assert row.reward_correlation_low > 0.2
 
 
-def test_layers_without_a_shared_map_have_no_rows(stores, base, tokenizer):
-    table = all_map_directions(stores, {0: 0}, base, tokenizer, count_of_a(tokenizer))
-    assert list(table.columns) == COLUMNS
-    assert len(table) == 0
-
-
 def test_no_more_directions_are_told_than_the_map_has(stores, base, tokenizer):
-    rows = PairedRows(stores["base"], stores["tuned"], 0)
-    assert len(map_directions(rows, 3, base, tokenizer, count_of_a(tokenizer))) == 3
-    assert len(map_directions(rows, 50, base, tokenizer, count_of_a(tokenizer))) == 8
+    assert len(told(stores, 3, base, tokenizer)) == 3
+    assert len(told(stores, 50, base, tokenizer)) == 8
 
 
 def test_the_correlation_is_pearsons():
@@ -79,7 +79,7 @@ def test_a_constant_reward_has_no_correlation():
 
 
 def test_the_sign_follows_the_shift_of_the_mean(stores, base, tokenizer):
-    row = all_map_directions(stores, {0: 1}, base, tokenizer, count_of_a(tokenizer)).iloc[0]
+    row = told(stores, 1, base, tokenizer).iloc[0]
     shift_D = stores["tuned"].statistics(0)[0] - stores["base"].statistics(0)[0]
     lens_V = base.get_output_embeddings().weight.detach().double() @ torch.from_numpy(shift_D)
     assert row.raises.split(" ")[0] == f"‹{tokenizer.decode([int(lens_V.argmax())])}›"

@@ -31,9 +31,25 @@ TRANSFER = {
 }
 TRANSFER |= {f"{measure}_ci95": [value - 0.01, value + 0.01] for measure, value in TRANSFER.items()}
 TRANSFER |= {"ce_recovered_base_in_tuned": None, "ce_recovered_base_in_tuned_ci95": None}
-ABLATION = {"layer": 1, "dictionary": "small", "seed": 0, "latents": 3, "reward": 1.5, "reward_change": -0.41}
+ABLATION = {
+    "policy": "tuned",
+    "set": "reward",
+    "layer": 1,
+    "dictionary": "small",
+    "seed": 0,
+    "latents": 3,
+    "reward": 1.5,
+    "reward_change": -0.41,
+}
 ABLATION |= {"ci_low": -0.52, "ci_high": -0.31, "random_change": -0.02, "random_low": -0.06, "random_high": 0.01}
 ABLATION |= {"random_quantile": 0.97}
+DOSE = {"policy": "tuned", "layer": 1, "dictionary": "small", "set": "reward", "gain": 2.0, "reward": 1.7}
+DOSE |= {"reward_low": 1.6, "reward_high": 1.8}
+TRANSPLANT = {"layer": 1, "dictionary": "small", "level": "map", "latents": 0, "reward": 0.4, "share": 0.21}
+TRANSPLANT |= {"share_low": 0.17, "share_high": 0.26, "kl": 0.5}
+CAUSED = {"ablation_set": "layer 1, small, reward", "ablation_reward_change": -0.41, "ablation_random_quantile": 0.97}
+SCORE = {"mean": 0.9, "ci95": [0.87, 0.93], "latents": 4}
+SUMMARY = {"scores": {"ensemble detection": SCORE}, "other_latents_explanation": {}, "shuffled_activations": {}}
 EVIL = "<script>alert('x')</script> & \"quoted\""
 PPO = {
     "evaluation_prompts": 512,
@@ -58,7 +74,10 @@ def artifact(folder, metrics, parameters, tables=None, inputs=None):
     """A finished artifact with the given tables."""
     folder.mkdir(parents=True)
     for name, rows in (tables or {}).items():
-        pd.DataFrame(rows).to_parquet(folder / name, index=False)
+        if name.endswith(".json"):
+            (folder / name).write_text(json.dumps(rows))
+        else:
+            pd.DataFrame(rows).to_parquet(folder / name, index=False)
     stage = folder.relative_to(next(p for p in folder.parents if p.name == "results")).parts[0]
     outputs = {name: digest(folder / name) for name in (tables or {})}
     (folder / MANIFEST).write_text(Manifest(stage, parameters, inputs or {}, outputs, metrics).to_json())
@@ -99,7 +118,8 @@ def report(tmp_path_factory):
             for i in range(latents)
         ]
         told = [
-            {"selected_for": "least changed", "explanation": f"fires on ‹ {evil}›"}
+            {"selected_for": "least changed", "explanation": f"fires on ‹ {evil}›", "raises": f"‹ {evil}›", "lowers": "‹ x›"}
+            | {"ablation_reward_change": -0.13 if i else np.nan}
             | ({"detection_auc": np.nan, "status": "not scored"} if i % 2 else {"detection_auc": 0.9, "status": "scored"})
             for i in range(len(keys))
         ]
@@ -112,6 +132,7 @@ def report(tmp_path_factory):
         tags = TAGS | {"replicated": 3 if len(seeds) > 1 else None}
         score = {"layer": 1, "dictionary": "small", "measure": "fvu_base_on_tuned", "value": 0.2}
         window = {"document": 3, "held_out": True, "peak": 1, "tokens": [evil, " film\n", " x"], "activations": [0.5, 2.0, 0.0]}
+        window |= {"activations_other": [0.0, 1.0, 0.0]}
         tuning = {"method": "ppo", "reward": "vader", "kl_target": None}
         scores = {"fvu": 0.05, "explained_variance": 0.95, "l0": 6.0, "dead_share": 0.01, "ce_recovered": None}
         scores |= {"rows_trained": 350208, "rows_held_out": 13787}
@@ -174,12 +195,15 @@ def report(tmp_path_factory):
             ),
             interpretation=artifact(
                 results / "interpretation" / "demo",
-                {"latents_explained": len(keys), "detection_auc": 0.9 if keys else None},
+                {"latents_explained": len(keys), "detection_auc": 0.9 if keys else None} | (CAUSED if keys else {}),
                 {},
                 {
                     "latents.parquet": [key | row for key, row in zip(keys, told, strict=True)],
                     "examples.parquet": [{**key, **window, "rank": 0} for key in keys],
+                    "summary.json": SUMMARY if keys else dict.fromkeys(SUMMARY, {}),
                     "ablations.parquet": [ABLATION] if keys else [],
+                    "steering.parquet": [DOSE] if keys else pd.DataFrame(columns=list(DOSE)),
+                    "transplants.parquet": [TRANSPLANT] if keys else pd.DataFrame(columns=list(TRANSPLANT)),
                     "map_directions.parquet": [DIRECTION | {"raises": f"‹ {evil}›"}] if keys else [],
                 },
             ),
@@ -395,15 +419,22 @@ def test_the_directions_of_the_shared_map_are_told_with_their_reward(plain):
 
 
 def test_what_ablation_costs_stands_beside_what_random_sets_cost(plain):
-    text = section(pages(plain)["index.html"], "changes")
+    text = section(pages(plain)["index.html"], "causes")
+    assert "Latents carry the reward: the set whose loss costs most (layer 1, small, reward latents: −0.410 of reward)" in text
     assert re.search(r"−0.410 <small>−0.520 to −0.310</small>.*?−0.0200.*?97 %", text, re.DOTALL)
 
 
 def test_a_study_without_explained_latents_or_a_map_says_so(report):
-    text = section(pages(report(latents=0, out="empty"))["index.html"], "changes")
+    empty = pages(report(latents=0, out="empty"))["index.html"]
+    text = section(empty, "changes")
     assert "No explained latent is tagged." in text
     assert "No layer has one" in text
-    assert "Nothing was ablated" in text
+    assert "No latents were changed while the models wrote." in section(empty, "causes")
+
+
+def test_a_transplant_is_told_as_a_share_of_the_gain(plain):
+    text = section(pages(plain)["index.html"], "causes")
+    assert re.search(r"map</td>.*?21 % <small>17 % to 26 %|map</td>.*?21 %", text, re.DOTALL)
 
 
 def test_what_a_dictionary_is_worth_to_either_model_is_told_beside_its_scores(plain):

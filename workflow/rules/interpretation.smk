@@ -1,4 +1,4 @@
-# interpretation/{study}: where latents fire, what that may mean, and how well that explanation does on held-out text.
+# interpretation/{study}: what latents mean, and what becomes of the reward when they are changed.
 
 
 rule interpret:
@@ -11,11 +11,20 @@ rule interpret:
         corpus=lambda wildcards: corpus_files(prompts_of(wildcards.study)),
         reward=lambda wildcards: source_files(reward_of_study(wildcards.study)),
     output:
-        latents="results/interpretation/{study}/latents.parquet",
-        explanations="results/interpretation/{study}/explanations.parquet",
-        examples="results/interpretation/{study}/examples.parquet",
-        directions="results/interpretation/{study}/map_directions.parquet",
-        ablations="results/interpretation/{study}/ablations.parquet",
+        tables=expand(
+            "results/interpretation/{{study}}/{table}.parquet",
+            table=[
+                "latents",
+                "explanations",
+                "examples",
+                "reward_links",
+                "map_directions",
+                "ablations",
+                "steering",
+                "transplants",
+            ],
+        ),
+        summary="results/interpretation/{study}/summary.json",
         manifest=ensure("results/interpretation/{study}/manifest.json", non_empty=True),
     log:
         "logs/interpretation/{study}.log",

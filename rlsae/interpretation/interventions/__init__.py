@@ -1,0 +1,1 @@
+"""Change what latents write while a model generates, and see what becomes of the behaviour."""

@@ -1,0 +1,109 @@
+"""All interventions of a study: ablations in both models, dose and response, transplants from the tuned model to the base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from rlsae.comparison.kinds import CHANGED
+from rlsae.comparison.linear_map import LinearMaps
+from rlsae.comparison.paired_rows import PairedRows
+from rlsae.config.studies import Interventions
+from rlsae.interpretation.interventions import ablation, steering, transplant
+from rlsae.interpretation.interventions.edit import Edit, edited
+from rlsae.interpretation.interventions.effects import Place, rewards
+from rlsae.models import Hook
+from rlsae.progress import Progress
+from rlsae.sae.dictionary import SparseAutoencoder
+from rlsae.tuning.fixed_prompts import FixedPrompts
+
+SINGLE = ["role", "layer", "dictionary", "seed", "latent", "ablation_reward_change"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dictionary of the study, on the device, with its latents."""
+
+    role: str
+    layer: int
+    name: str
+    seed: int
+    sae: SparseAutoencoder
+    table: pd.DataFrame
+    """Its rows of the comparison's `latents.parquet`, with `reward_correlation`."""
+    explained: list[int]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """See `COLUMNS` of each module."""
+
+    ablations: pd.DataFrame
+    steering: pd.DataFrame
+    transplants: pd.DataFrame
+    single: pd.DataFrame
+    """Change of the reward when an explained latent of the tuned model is ablated alone."""
+
+    @classmethod
+    def of(cls, *rows: list[dict[str, Any]]) -> Tables:
+        columns = ablation.COLUMNS, steering.COLUMNS, transplant.COLUMNS, SINGLE
+        return cls(*(pd.DataFrame(of_table, columns=names) for of_table, names in zip(rows, columns, strict=True)))
+
+    @classmethod
+    def empty(cls) -> Tables:
+        return cls.of([], [], [], [])
+
+
+def intervene(
+    entry: Interventions,
+    members: list[Member],
+    models: dict[str, PreTrainedModel],
+    hook: Hook,
+    rows: dict[int, PairedRows],
+    maps: dict[int, tuple[LinearMaps, int]],
+    prompts: FixedPrompts,
+    where: torch.device,
+) -> Tables:
+    """Tables of all dictionaries.
+
+    Args:
+        models: base and tuned, by role.
+        maps: by layer, with the rank that the layer's latents share.
+    """
+    ablated: list[dict[str, Any]] = []
+    steered: list[dict[str, Any]] = []
+    moved: list[dict[str, Any]] = []
+    single: list[dict[str, Any]] = []
+    progress = Progress("intervene", len(members), "dictionaries")
+    for member in members:
+        place = Place(models[member.role], member.layer, hook)
+        key = {"policy": member.role, "layer": member.layer, "dictionary": member.name, "seed": member.seed}
+        sets = ablation.sets_of(member.table, entry.latents)
+        ablated += ablation.ablations(member.table, member.role, place, member.sae, prompts, sets, entry.random_sets)
+        steered += steering.dose_response(key, place, member.sae, prompts, models["base"], sets, entry.gains)
+        if member.role == "base":
+            layer_maps, rank = maps[member.layer]
+            change = transplant.Change.estimate(member.sae, rows[member.layer], layer_maps, rank, where)
+            tagged = member.table.latent[member.table.tag.isin(CHANGED)].tolist()
+            del key["policy"]
+            moved += transplant.transplants(key, place, models["tuned"], change, tagged, prompts)
+        else:
+            single += one_by_one(member, place, prompts)
+        progress.update()
+    return Tables.of(ablated, steered, moved, single)
+
+
+def one_by_one(member: Member, place: Place, prompts: FixedPrompts) -> list[dict[str, Any]]:
+    """Ablate each explained latent alone."""
+    edits = [Edit(), *(Edit((latent,)) for latent in member.explained)]
+    reward_E = rewards(place, lambda some: edited(member.sae, edits[some]), len(edits), prompts).mean(1)
+    key = (member.role, member.layer, member.name, member.seed)
+    changes = np.subtract(reward_E[1:], reward_E[0])
+    return [
+        dict(zip(SINGLE, (*key, latent, change), strict=True)) for latent, change in zip(member.explained, changes, strict=True)
+    ]
