@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,7 +26,10 @@ def bootstrap_ci95(values: NDArray[np.floating], seed: int = 0) -> list[float]:
     return [float(q) for q in np.quantile(means, [0.025, 0.975])]
 
 
+@lru_cache(maxsize=1)
 def bootstrap_weights(units: int, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:
     """How often each of `units` units is drawn in each bootstrap resample [resample, unit]: for sums over units."""
     draws = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=resamples)
-    return draws.astype(np.float64)
+    weights = draws.astype(np.float64)
+    weights.flags.writeable = False  # the next caller gets the same array
+    return weights

@@ -13,11 +13,13 @@ F latents, N responses of all batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlsae.interpretation.interventions.effects import Place
 from rlsae.models import replace_output
@@ -28,26 +30,37 @@ from rlsae.tuning.rollout import Rollout, next_token_logp, taken
 BATCH = 64
 
 
+@dataclass(frozen=True)
+class Rewarded:
+    """Responses of a model to training prompts, and their rewards."""
+
+    rollouts: list[Rollout]
+    reward_N: NDArray[np.float64]
+
+    @classmethod
+    def by(cls, model: PreTrainedModel, prompts: FixedPrompts) -> Rewarded:
+        rollouts = [rollout for _, rollout in prompts.responses(model)]
+        rewards = [prompts.reward(rollout.prompts, rollout.responses) for rollout in rollouts]
+        return cls(rollouts, np.concatenate(rewards))
+
+
 def reward_gradients(
-    place: Place, saes: Sequence[SparseAutoencoder], prompts: FixedPrompts
+    place: Place, saes: Sequence[SparseAutoencoder], rewarded: Rewarded
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """The derivative of each latent [F] and its standard error [F], for each dictionary of a place.
 
     Args:
-        prompts: other ones than those on which a choice that rests on this is tested.
+        rewarded: responses of the place's model, to other prompts than those on which a choice that rests on this is tested.
     """
-    rewards: list[float] = []
     scores: list[list[Tensor]] = [[] for _ in saes]
-    for _, rollout in prompts.responses(place.model):
-        rewards += prompts.reward(rollout.prompts, rollout.responses)
+    for rollout in rewarded.rollouts:
         for first in range(0, len(rollout), BATCH):
             acts_BTD, slope_BTD = _slope(place, rollout[first : first + BATCH])
             for sae, of_sae in zip(saes, scores, strict=True):
                 latents_BTF = sae.encode(acts_BTD.flatten(0, 1)).view(*acts_BTD.shape[:2], -1)
                 of_sae.append((latents_BTF * (slope_BTD @ sae.W_dec_FD.T)).sum(1).double().cpu())
-    reward_N = np.array(rewards)
-    count = len(reward_N)
-    advantage_N = (reward_N - reward_N.mean()) * count / (count - 1)  # beside the mean of the others
+    count = len(rewarded.reward_N)
+    advantage_N = (rewarded.reward_N - rewarded.reward_N.mean()) * count / (count - 1)  # beside the mean of the others
     found = []
     for of_sae in scores:
         terms_NF = advantage_N[:, None] * torch.cat(of_sae).numpy()

@@ -31,7 +31,7 @@ from rlsae.interpretation.interventions.study import Member, Tables, intervene
 from rlsae.interpretation.map_directions import COLUMNS as DIRECTION_COLUMNS
 from rlsae.interpretation.map_directions import document_rewards, map_directions
 from rlsae.interpretation.positions import Vocabulary
-from rlsae.interpretation.reward_gradient import reward_gradients
+from rlsae.interpretation.reward_gradient import Rewarded, reward_gradients
 from rlsae.interpretation.reward_link import document_sums, reward_links
 from rlsae.interpretation.selection import listed_latents, select
 from rlsae.interpretation.summary import summarise
@@ -190,10 +190,11 @@ def load_first(folder: Path, where: torch.device) -> tuple[int, SparseAutoencode
 
 def _gradients(subject: Subject, saes: dict[Key, tuple[int, SparseAutoencoder]], prompts: FixedPrompts) -> dict[Key, Gradient]:
     found: dict[Key, Gradient] = {}
+    rewarded = {role: Rewarded.by(model, prompts) for role, model in subject.models.items()}
     for role, layer in sorted({key[:2] for key in saes}):
         keys = [key for key in saes if key[:2] == (role, layer)]
         place = Place(subject.models[role], layer, subject.hook)
-        found |= zip(keys, reward_gradients(place, [saes[key][1] for key in keys], prompts), strict=True)
+        found |= zip(keys, reward_gradients(place, [saes[key][1] for key in keys], rewarded[role]), strict=True)
     return found
 
 

@@ -18,7 +18,7 @@ from rlsae.errors import RlsaeError
 from rlsae.interpretation.interventions import ablation, steering, transplant
 from rlsae.interpretation.interventions.edit import Edit, edited
 from rlsae.interpretation.interventions.effects import Place, effects, of_blocks, rewards
-from rlsae.interpretation.reward_gradient import reward_gradients
+from rlsae.interpretation.reward_gradient import Rewarded, reward_gradients
 from rlsae.models import blocks, replace_output
 from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.tuning.fixed_prompts import FixedPrompts
@@ -231,7 +231,7 @@ def many(draw):
 
 
 def test_the_gradient_finds_the_latent_that_carries_the_reward(base, weak, many):
-    ((gradient_F, error_F),) = reward_gradients(Place(base, LAYER, HOOK), [weak], many)
+    ((gradient_F, error_F),) = reward_gradients(Place(base, LAYER, HOOK), [weak], Rewarded.by(base, many))
     assert gradient_F.argmax() == 0
     assert gradient_F[0] > 3 * error_F[0]
     assert np.abs(gradient_F[1:]).max() < 0.05 * gradient_F[0]
@@ -240,7 +240,7 @@ def test_the_gradient_finds_the_latent_that_carries_the_reward(base, weak, many)
 def test_the_gradient_is_the_slope_of_the_expected_reward(base, weak, many):
     """Against the difference of mean rewards at two gains."""
     place = Place(base, LAYER, HOOK)
-    ((gradient_F, error_F),) = reward_gradients(place, [weak], many)
+    ((gradient_F, error_F),) = reward_gradients(place, [weak], Rewarded.by(base, many))
     low, high = with_edits(place, weak, [Edit((0,), gain=0.5), Edit((0,), gain=1.5)], many).mean(1)
     assert gradient_F[0] == pytest.approx(high - low, abs=3 * error_F[0])
     assert high - low > 2 * error_F[0]
@@ -248,9 +248,10 @@ def test_the_gradient_is_the_slope_of_the_expected_reward(base, weak, many):
 
 def test_dictionaries_of_one_place_are_scored_together_as_alone(place, sae, draw):
     other = SparseAutoencoder(torch.randn(32, 5), torch.zeros(5), torch.randn(5, 32), torch.zeros(32))
-    together = reward_gradients(place, [sae, other], draw(20, held_out=False))
+    rewarded = Rewarded.by(place.model, draw(20, held_out=False))
+    together = reward_gradients(place, [sae, other], rewarded)
     for one, alone in zip(together, [sae, other], strict=True):
-        np.testing.assert_allclose(one, reward_gradients(place, [alone], draw(20, held_out=False))[0], rtol=1e-6)
+        np.testing.assert_allclose(one, reward_gradients(place, [alone], rewarded)[0], rtol=1e-6)
 
 
 # --- dose and response -------------------------------------------------------------------------------------------

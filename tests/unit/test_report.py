@@ -200,7 +200,7 @@ def report(tmp_path_factory):
                 {
                     "latents.parquet": [key | row for key, row in zip(keys, told, strict=True)],
                     "examples.parquet": [{**key, **window, "rank": 0} for key in keys],
-                    "summary.json": SUMMARY if keys else dict.fromkeys(SUMMARY, {}),
+                    "summary.json": SUMMARY if keys else {name: {} for name in SUMMARY},
                     "ablations.parquet": [ABLATION] if keys else [],
                     "steering.parquet": [DOSE] if keys else pd.DataFrame(columns=list(DOSE)),
                     "transplants.parquet": [TRANSPLANT] if keys else pd.DataFrame(columns=list(TRANSPLANT)),
