@@ -48,8 +48,8 @@ class HfLocal:
             RlsaeError: the model cannot be loaded.
         """
         model, tokenizer = self._loaded
-        ids_1T = torch.tensor([self._prompt(messages)], device=model.device)
-        length, limit = ids_1T.shape[1], context_limit(model)
+        ids_BT = torch.tensor([self._prompt(messages)], device=model.device)
+        length, limit = ids_BT.shape[1], context_limit(model)
         if length + self.entry.max_tokens > limit:
             raise LlmError(
                 f"prompt and answer need {length} + {self.entry.max_tokens} tokens, the model's context holds {limit}",
@@ -63,8 +63,8 @@ class HfLocal:
         settings = GenerationConfig(
             do_sample=False, max_new_tokens=self.entry.max_tokens, eos_token_id=ends, pad_token_id=tokenizer.eos_token_id
         )
-        answered_1T = model.generate(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings)
-        answer = str(tokenizer.decode(answered_1T[0, length:], skip_special_tokens=True)).strip()
+        answered_BT = model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=settings)
+        answer = str(tokenizer.decode(answered_BT[0, length:], skip_special_tokens=True)).strip()
         if not answer:
             raise LlmError("the model's answer is empty", of_request=True)
         return answer

@@ -82,7 +82,12 @@ class OpenAi:
             self._earliest = max(now, self._earliest) + 60 / self.entry.requests_per_minute
 
     def _post(self, messages: list[Message], key: _Key) -> str:
-        body = {"model": self.entry.model, "messages": messages, "max_tokens": self.entry.max_tokens, "temperature": 0}
+        body: dict[str, Any] = {
+            "model": self.entry.model,
+            "messages": messages,
+            "max_tokens": self.entry.max_tokens,
+            "temperature": 0,
+        }
         url = self.entry.base_url.rstrip("/") + "/chat/completions"
         try:
             reply = self.session.post(url, json=body, auth=key.sign, timeout=self.entry.timeout, allow_redirects=False)
@@ -138,13 +143,13 @@ def retry_after(header: str | None) -> float:
 def _complaint(reply: requests.Response) -> str:
     """What the server's error object says."""
     try:
-        return f": {reply.json()['error']['message']}"
+        return ": " + _writable(" ".join(str(reply.json()["error"]["message"]).split()))
     except (ValueError, RecursionError, LookupError, TypeError):
         return ""
 
 
 def _content(reply: requests.Response) -> str:
-    """The text of an answer, without what UTF-8 cannot write.
+    """The text of an answer.
 
     Raises:
         LlmError: there is none.
@@ -157,4 +162,9 @@ def _content(reply: requests.Response) -> str:
         raise LlmError("the server's answer has no choices") from None
     if not isinstance(content, str) or not content.strip():
         raise LlmError("the server's answer has no text", of_request=True)
-    return content.encode("utf-8", "replace").decode("utf-8")
+    return _writable(content)
+
+
+def _writable(text: str) -> str:
+    """A text without the halves of characters that JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -33,8 +33,9 @@ def prompt(name: str, **values: str | int) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as a JSON string on one line."""
-    return json.dumps(text, ensure_ascii=False).translate(LINE_BREAKS)
+    """A text as a JSON string on one line; halves of characters, which tokenizers refuse, become question marks."""
+    whole = text.encode("utf-8", "replace").decode("utf-8")
+    return json.dumps(whole, ensure_ascii=False).translate(LINE_BREAKS)
 
 
 def numbered(texts: Sequence[str]) -> str:
@@ -52,5 +53,5 @@ def highlighted(window: Window, mark_T: NDArray[np.bool_]) -> str:
     for marked, stretch in itertools.groupby(zip(window.tokens, mark_T.tolist(), strict=True), key=lambda pair: pair[1]):
         part = re.sub(f"[{OPEN}{CLOSE}]", "", "".join(token for token, _ in stretch))
         text += f"{OPEN}{part}{CLOSE}" if marked else part
-    text = re.sub(r"<(?=<)|>(?=>)", r"\g<0> ", text)
+    text = re.sub(f"<(?=[<{OPEN}])|[>{CLOSE}](?=>)", r"\g<0> ", text)
     return text.replace(OPEN, "<<").replace(CLOSE, ">>")
