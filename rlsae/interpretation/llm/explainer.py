@@ -1,6 +1,6 @@
 """Explanations written by a language model that sees where a latent fires.
 
-As in Bills et al. 2023 (Language models can explain neurons in language models) and arXiv 2310.08164 section 3.4: activations
+As in Bills et al. 2023 (Language models can explain neurons in language models) and arXiv 2310.08164: activations
 as integers from 0 to 10, one sentence asked for; examples and highlights as in delphi (arXiv 2410.13928).
 """
 

@@ -1,4 +1,4 @@
-"""Whether an explanation has to do with the task of the tuning, as a language model sees it (arXiv 2310.08164 section 3.4)."""
+"""Whether an explanation has to do with the task of the tuning, as a language model sees it (arXiv 2310.08164)."""
 
 from __future__ import annotations
 
