@@ -112,6 +112,13 @@ def test_a_reader_who_always_says_1_is_at_chance_however_many_windows_fire():
     assert LlmDetection(Scripted(as_list(lambda text: 1))).score(CATS, ACTIVE, SILENT[:7], 0).value == 0.5
 
 
+def test_both_classes_are_resampled_by_themselves():
+    truth, right = np.arange(200) < 100, np.arange(200) % 2 == 0
+    score = balanced_accuracy(truth, truth == right, 0)
+    assert score.value == 0.5
+    assert score.high - score.low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 200), rel=0.1)
+
+
 def test_batches_are_of_equal_size_and_mixed_by_the_seed():
     def asked(seed):
         client = Scripted(as_list(perfect))
@@ -269,6 +276,10 @@ def test_markers_in_a_text_are_no_highlights():
     window = text_window("a<<b>>", "<", "cat", ">", "c<<<", acts=[0, 0, 1, 0, 0])
     assert highlighted(window, window.acts > 0) == "a< <b> >< <<cat>> >c< < <"
     assert quoted('a\n"b\u2028') == '"a\\n\\"b\\u2028"'
+
+
+def test_halves_of_characters_are_no_text():
+    assert quoted("half \ud83d") == '"half ?"'
 
 
 def test_what_an_explanation_says_of_other_names_is_not_filled_in():
