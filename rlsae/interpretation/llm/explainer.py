@@ -37,16 +37,16 @@ class LlmExplainer:
         """The model's sentence, or the status that says why there is none."""
         windows = representative([window for window in evidence.active if window.fires], self.examples)
         if not windows:
-            return Explanation("", "fires in no training window")
+            return Explanation.none("fires in no training window")
         largest = max(float(window.acts.max()) for window in windows)
         examples = "\n\n".join(_example(number, window, largest) for number, window in enumerate(windows, 1))
         try:
             answer = self.client.complete([{"role": "user", "content": prompt("explain", examples=examples)}])
         except LlmError as error:
-            return Explanation("", error.status)
+            return Explanation.none(error.status)
         # Some models think aloud before they answer.
         text = " ".join(answer.rpartition("</think>")[2].split())[:LONGEST]
-        return Explanation(text) if text else Explanation("", "the model's answer is empty")
+        return Explanation(text) if text else Explanation.none("the model's answer is empty")
 
 
 def representative(windows: Sequence[Window], count: int) -> list[Window]:
