@@ -124,7 +124,8 @@ class Layout:
         return {"dictionaries": entry.dictionaries, "sizes": entry.sizes.settings() if entry.sizes else None}
 
     def interpretation_settings(self, study: str) -> dict[str, Any]:
-        return self.config.studies[study].interpretation.settings()
+        entry = self.config.studies[study]
+        return entry.interpretation.settings() | {"llm": self.config.llms[entry.llm].settings() if entry.llm else None}
 
     def checkpoints(self, study: str) -> dict[int, str]:
         """The policies on the way to the one that is studied, by step; none where that is itself a checkpoint."""
@@ -206,6 +207,7 @@ class Layout:
         files = self._files(model, "model")
         yield Artifact("models", base, self.model_settings(entry.model), [c.folder for c in trained_on], files)
         files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
+        files |= self._files(self.config.llms[entry.llm], "llm") if entry.llm else {}
         files |= self._files(self.config.tunings[tuning], "tuned")
         yield Artifact("policies", tuned, self.policy_settings(tuning), [base, prompts.folder], files)
         yield Artifact("tokens", tokens, self.token_settings(entry.corpus), [base, texts.folder])
@@ -216,6 +218,7 @@ class Layout:
         inputs = [base, tuned, tokens, prompts.folder, *(survey.folder for survey in surveys)]
         inputs += [RESULTS / "divergence" / source] if source != study else []
         files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
+        files |= self._files(self.config.llms[entry.llm], "llm") if entry.llm else {}
         yield Artifact("divergence", divergence, self.divergence_settings(study), inputs, files)
         layers = self.chosen_layers(study)
         if layers is None:
@@ -234,6 +237,7 @@ class Layout:
         yield Artifact("comparison", comparison, self.comparison_settings(study), [tokens, *data])
         inputs = [comparison, base, tuned, prompts.folder, *data]
         files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
+        files |= self._files(self.config.llms[entry.llm], "llm") if entry.llm else {}
         yield Artifact("interpretation", interpretation, self.interpretation_settings(study), inputs, files)
         inputs = [base, tuned, divergence, comparison, interpretation, *data]
         yield Artifact("reports", RESULTS / "reports" / study, {}, inputs)

@@ -256,6 +256,8 @@ def interpret(
     corpus: Annotated[Path, typer.Option(help="Corpus artifact of the tuning's prompts.")],
     out: Out,
     reward_file: MaybeFile = None,
+    llm_path: MaybeFile = None,
+    llm_answers: Annotated[Path | None, typer.Option(help="Folder that keeps a language model's answers.")] = None,
     work: Work = None,
     threads: Threads = None,
 ) -> None:
@@ -268,8 +270,12 @@ def interpret(
     configure(threads)
     from rlsae.interpretation.stage import build_interpretation
 
-    entry, both = parse_settings(config.Interpretation, settings), (dictionaries(dictionary), pairs(store))
-    build_interpretation(entry, out, work, comparison, *both, base, tuned, tuned_weights, corpus, reward_file)
+    given = read_json(settings)
+    if given.get("llm"):
+        given["llm"] = read_json(with_path(as_text(given["llm"]), llm_path))
+    entry, both = parse_settings(config.InterpretationJob, as_text(given)), (dictionaries(dictionary), pairs(store))
+    files = reward_file, llm_path, llm_answers
+    build_interpretation(entry, out, work, comparison, *both, base, tuned, tuned_weights, corpus, *files)
 
 
 @app.command()

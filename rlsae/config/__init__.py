@@ -22,6 +22,7 @@ from rlsae.config.dictionaries import (
     TopKFamily,
 )
 from rlsae.config.entry import RESERVED, SLUG, Entry, Slug
+from rlsae.config.llm import AnyLlm, LocalLlm, OpenAiLlm
 from rlsae.config.sources import (
     AnyCorpus,
     AnyModel,
@@ -33,7 +34,7 @@ from rlsae.config.sources import (
     LocalModel,
     PretrainedModel,
 )
-from rlsae.config.studies import Activation, Choice, Interpretation, SameAs, Sizes, Study
+from rlsae.config.studies import Activation, Choice, Interpretation, InterpretationJob, SameAs, Sizes, Study
 from rlsae.config.tunings import (
     AnyReward,
     AnyTuning,
@@ -58,6 +59,7 @@ __all__ = [
     "Activation",
     "AnyCorpus",
     "AnyDictionary",
+    "AnyLlm",
     "AnyModel",
     "AnyReward",
     "AnyTuning",
@@ -79,12 +81,15 @@ __all__ = [
     "HubCorpus",
     "HubModel",
     "Interpretation",
+    "InterpretationJob",
     "JumpReluDictionary",
     "LexiconReward",
+    "LocalLlm",
     "LocalModel",
     "Lora",
     "MatryoshkaDictionary",
     "OnPolicyTuning",
+    "OpenAiLlm",
     "PPOTuning",
     "PretrainedModel",
     "PythonReward",
@@ -112,6 +117,7 @@ class Config(BaseModel):
     tunings: dict[Slug, AnyTuning] = Field(description="Named recipes that turn a base model into a tuned one.")
     activations: dict[Slug, Activation] = Field(description="Named dump recipes.")
     dictionaries: dict[Slug, AnyDictionary] = Field(description="Named sparse-autoencoder recipes.")
+    llms: dict[Slug, AnyLlm] = Field({}, description="Named language models that explain latents; none is needed.")
     studies: dict[Slug, Study] = Field(description="Named comparisons; one report each.")
 
     @model_validator(mode="after")
@@ -190,4 +196,4 @@ class Config(BaseModel):
             study = self.studies[study.layers.same_as]
 
 
-SECTIONS = ["corpora", "models", "rewards", "tunings", "activations", "dictionaries", "studies"]
+SECTIONS = ["corpora", "models", "rewards", "tunings", "activations", "dictionaries", "llms", "studies"]

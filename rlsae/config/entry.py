@@ -23,6 +23,7 @@ def reference(section: str) -> Any:
 
 CorpusName = Annotated[Slug, reference("corpora")]
 ModelName = Annotated[Slug, reference("models")]
+LlmName = Annotated[Slug | None, reference("llms")]
 RewardName = Annotated[Slug, reference("rewards")]
 TuningOrCheckpoint = Annotated[str, Field(pattern=rf"^{SLUG}(@[1-9]\d*)?$"), reference("tunings")]
 ActivationName = Annotated[Slug, reference("activations")]

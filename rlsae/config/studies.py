@@ -11,11 +11,13 @@ from rlsae.config.entry import (
     CorpusName,
     DictionaryNames,
     Entry,
+    LlmName,
     ModelName,
     Positive,
     Slug,
     TuningOrCheckpoint,
 )
+from rlsae.config.llm import AnyLlm
 
 
 class Activation(Entry):
@@ -120,6 +122,16 @@ class Interpretation(Entry):
     interventions: Interventions | None = Field(
         Interventions(), description="Latents changed while the models generate; null: none."
     )
+    task: str = Field("sentiment", description="What the feedback is about, for the question that a language model is asked.")
+
+
+class InterpretationJob(Interpretation):
+    """An interpretation with the language model that the study names."""
+
+    llm: AnyLlm | None = None
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"llm": self.llm.settings() if self.llm else None}
 
 
 class Study(Entry):
@@ -131,6 +143,9 @@ class Study(Entry):
     dictionaries: DictionaryNames = Field(description="Dictionary recipes to train on both policies.")
     sizes: Sizes | None = Field(None, description="Which two dictionaries are the paper's small and big.")
     interpretation: Interpretation = Field(Interpretation(), description="How many latents to explain, and how.")
+    llm: LlmName = Field(
+        None, description="Language model that explains and judges latents besides; null: none, and nothing leaves the machine."
+    )
 
     @field_validator("dictionaries")
     @classmethod

@@ -206,8 +206,10 @@ def _judge(
 ) -> dict[tuple[str, str], Score]:
     """Add a row for each explainer and judge; returns the scores."""
     scores = {}
-    further = {} if control else settings.further_judges
     for explainer, explanation in said.items():
+        # A language model is asked for minutes, and so about few.
+        asked = not control and explainer in {ENSEMBLE, *settings.further_explainers}
+        further = settings.further_judges if asked else {}
         for judge in [*JUDGES, *further]:
             if judge in further:
                 score = further[judge](explanation, *windows, key["latent"])

@@ -23,11 +23,13 @@ from rlsae.activations.store import ActivationStore
 from rlsae.comparison.linear_map import LinearMaps, fit_linear_maps
 from rlsae.comparison.paired_rows import PairedRows
 from rlsae.compute import device
-from rlsae.config import Interpretation
+from rlsae.config import InterpretationJob
 from rlsae.interpretation.examples import row_acts
 from rlsae.interpretation.explain import KEY, Findings, Settings, Text, explain_dictionary
 from rlsae.interpretation.interventions.effects import Place
 from rlsae.interpretation.interventions.study import Member, Tables, intervene
+from rlsae.interpretation.llm import LlmDetection, LlmExplainer, LlmFuzzing, open_client, related
+from rlsae.interpretation.llm.client import Client
 from rlsae.interpretation.map_directions import COLUMNS as DIRECTION_COLUMNS
 from rlsae.interpretation.map_directions import document_rewards, map_directions
 from rlsae.interpretation.positions import Vocabulary
@@ -51,6 +53,9 @@ LATENT_COLUMNS = [
     *KEY, "selected_for", "reward_correlation", "reward_gradient", "task_tagged", "task_effect", "explanation",
     "detection_auc", "status", "raises", "lowers",
 ]  # fmt: skip
+LLM = "llm"
+"""Explainer of a language model, and the first word of its judges."""
+LLM_ANSWERS = ".llm-answers"
 ROLES = ("base", "tuned")
 GRADIENT_PROMPTS = 1024
 """Training prompts whose responses tell which latents raise the reward, at most."""
@@ -80,9 +85,9 @@ class Subject:
 
 
 def build_interpretation(
-    entry: Interpretation, out: Path, work: Path | None, comparison: Path,
+    entry: InterpretationJob, out: Path, work: Path | None, comparison: Path,
     dictionaries: dict[tuple[str, int, str], Path], stores: dict[str, Path], base: Path, tuned: Path, tuned_weights: Path,
-    corpus: Path, reward_file: Path | None,
+    corpus: Path, reward_file: Path | None, llm_path: Path | None = None, llm_answers: Path | None = None,
 ) -> None:  # fmt: skip
     """Interpret the dictionaries of a study, the first seed of each.
 
@@ -90,11 +95,13 @@ def build_interpretation(
         comparison: its artifact, for tags and the shared map; dictionaries, stores: as there.
         base, tuned: artifacts of the policies; tuned_weights: transformers folder of the one that is studied.
         corpus: corpus artifact of the tuning's prompts; reward_file: file or folder of its reward, where it has one.
+        llm_path: folder of the language model, where it has one; llm_answers: folder that keeps its answers for a rerun.
     """
     inputs = {"comparison": comparison, "base": base, "tuned": tuned, "corpus": corpus}
     inputs |= {f"{role} activations": path for role, path in stores.items()}
     inputs |= {f"{role} layer {layer} {name}": path for (role, layer, name), path in dictionaries.items()}
     inputs |= {"reward": reward_file} if reward_file else {}
+    inputs |= {"llm": llm_path} if llm_path else {}
     with Stage("interpretation", out, entry.settings(), inputs, work) as stage:
         where = device()
         base_model, tokenizer = load(base / "model", where)
@@ -107,12 +114,15 @@ def build_interpretation(
         if entry.interventions:
             training = FixedPrompts.draw(corpus, tokenizer, base_model, tuning, reward, GRADIENT_PROMPTS, held_out=False)
             gradients = _gradients(subject, saes, training)
-        found, links, members = _explain(entry, subject, table, saes, gradients, where)
+        client = open_client(entry.llm, llm_answers or out.parent / LLM_ANSWERS) if entry.llm else None
+        found, links, members = _explain(entry, subject, table, saes, gradients, client, where)
         effects = Tables.empty()
         if entry.interventions:
             prompts = FixedPrompts.draw(corpus, tokenizer, base_model, tuning, reward, entry.interventions.prompts)
             effects = intervene(entry.interventions, members, models, subject.hook, subject.rows, subject.maps, prompts, where)
         latents = pd.DataFrame(found.latents, columns=LATENT_COLUMNS).merge(effects.single, "left", KEY)
+        if client:
+            latents = latents.assign(llm_task_related=task_answers(client, found, entry.task))
         tables = {
             "latents": latents,
             "explanations": pd.DataFrame(found.explanations, columns=EXPLANATION_COLUMNS),
@@ -146,11 +156,12 @@ def _subject(
 
 
 def _explain(
-    entry: Interpretation,
+    entry: InterpretationJob,
     subject: Subject,
     table: pd.DataFrame,
     saes: dict[Key, tuple[int, SparseAutoencoder]],
     gradients: dict[Key, Gradient],
+    client: Client | None,
     where: torch.device,
 ) -> tuple[Findings, pd.DataFrame, list[Member]]:
     """Rows of the tables of explained latents, the link of every latent to the reward, the dictionaries' first seeds."""
@@ -160,7 +171,9 @@ def _explain(
     text = Text.of(store, entry.window, vocabulary)
     training_T = ~np.asarray(store.held_out, bool) & (np.diff(store.start) > 0)
     listed = listed_latents(entry.listed, [f"{layer}/{name}" for _, layer, name in saes])
-    settings = Settings(entry.judged_windows, entry.examples, entry.window, {}, {})
+    explainers = {LLM: LlmExplainer(client).explain} if client else {}
+    judges = {f"{LLM}_detection": LlmDetection(client).score, f"{LLM}_fuzzing": LlmFuzzing(client).score} if client else {}
+    settings = Settings(entry.judged_windows, entry.examples, entry.window, explainers, judges)
     found, members = Findings(), []
     links: list[pd.DataFrame] = []
     progress = Progress("explain", len(saes), "dictionaries")
@@ -186,6 +199,12 @@ def load_first(folder: Path, where: torch.device) -> tuple[int, SparseAutoencode
     """The first seed of a dictionaries artifact, and its autoencoder."""
     seed, path = min(load_members(folder).items())
     return seed, SparseAutoencoder.load(path).to(where)
+
+
+def task_answers(client: Client, found: Findings, task: str) -> list[str]:
+    """Of each explained latent, whether the language model finds its explanation related to the task: 1, 0, or a status."""
+    said = {tuple(row[k] for k in KEY): row["explanation"] for row in found.explanations if row["explainer"] == LLM}
+    return [str(related(client, said[tuple(row[k] for k in KEY)], task)) for row in found.latents]
 
 
 def _gradients(subject: Subject, saes: dict[Key, tuple[int, SparseAutoencoder]], prompts: FixedPrompts) -> dict[Key, Gradient]:

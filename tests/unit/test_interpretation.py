@@ -11,7 +11,7 @@ from small_tunings import entry
 
 from rlsae.activations.store import ActivationStore
 from rlsae.artifacts import MANIFEST, Manifest
-from rlsae.config import Interpretation
+from rlsae.config import InterpretationJob
 from rlsae.errors import RlsaeError
 from rlsae.interpretation import examples as examples_module
 from rlsae.interpretation.examples import row_acts, top_windows
@@ -201,7 +201,7 @@ def interpret(policies, tmp_path):
         pd.concat(rows).to_parquet(comparison / "latents.parquet", index=False)
         pd.DataFrame({"layer": [0], "rank": [0]}).to_parquet(comparison / "levels.parquet", index=False)
         out = results / "interpretation" / "main"
-        entry = Interpretation(**SETTINGS | settings)
+        entry = InterpretationJob(**SETTINGS | settings)
         build_interpretation(entry, out, None, comparison, dictionaries, stores, *policies, None)
         return out
 

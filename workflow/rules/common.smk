@@ -345,6 +345,10 @@ def reward_of_study(study):
     return CONFIG.rewards[tuning_of_study(study).reward]
 
 
+def llm_of_study(study):
+    return CONFIG.llms.get(CONFIG.studies[study].llm)
+
+
 def divergence_sample(wildcards):
     entry = CONFIG.studies[wildcards.study]
     folders = {"tokens": f"results/tokens/{entry.model}.{entry.corpus}"}
@@ -360,6 +364,7 @@ def interpretation_policies(wildcards):
     folders |= {"tuned-weights": weights_folder(policy["tuned"])}
     folders |= {"corpus": f"results/corpora/{prompts_of(wildcards.study)}"}
     folders |= {"reward-file": getattr(reward_of_study(wildcards.study), "path", None)}
+    folders |= {"llm-path": getattr(llm_of_study(wildcards.study), "path", None)}
     return " ".join(option(name, folder) for name, folder in folders.items())
 
 

@@ -10,6 +10,7 @@ rule interpret:
         policies=lambda wildcards: [file for policy in roles(wildcards.study).values() for file in policy_files(policy)],
         corpus=lambda wildcards: corpus_files(prompts_of(wildcards.study)),
         reward=lambda wildcards: source_files(reward_of_study(wildcards.study)),
+        llm=lambda wildcards: source_files(llm_of_study(wildcards.study)),
     output:
         tables=expand(
             "results/interpretation/{{study}}/{table}.parquet",
@@ -45,4 +46,4 @@ rule interpret:
     shell:
         "python -m rlsae interpret --settings {params.settings:q} --comparison results/comparison/{wildcards.study}"
         " {params.dictionaries} {params.stores} {params.policies} --threads {threads}"
-        " --out results/interpretation/{wildcards.study} --work results/.work/interpretation/{wildcards.study} >> {log} 2>&1"
+        " --llm-answers results/.llm-answers --out results/interpretation/{wildcards.study} --work results/.work/interpretation/{wildcards.study} >> {log} 2>&1"
