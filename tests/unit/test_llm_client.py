@@ -74,6 +74,10 @@ def test_a_server_that_is_down_is_asked_again_with_doubling_waits():
     assert made.waits == [1, 2, 4]
 
 
+def test_a_host_that_cannot_be_one_has_a_status():
+    assert status_of(client("http://a..b/v1", retries=0)).startswith("the server cannot be reached")
+
+
 def test_a_slow_server_is_given_up():
     with served([Reply(delay=0.5)]) as server:
         assert status_of(client(server.url, timeout=0.1, retries=0)) == "the server gives no answer within 0.1 s"
@@ -135,6 +139,12 @@ def test_a_refused_request_says_why_and_is_not_repeated():
         made = client(server.url)
         assert status_of(made) == "the server answers HTTP 400: context is full [key]"
     assert len(server.requests) == 1
+
+
+def test_a_short_key_is_not_shown_either(monkeypatch):
+    monkeypatch.setenv("A_KEY", "abc1234")
+    with served([Reply(json.dumps({"error": {"message": "wrong key abc1234"}}), 404)]) as server:
+        assert status_of(client(server.url)) == "the server answers HTTP 404: wrong key [key]"
 
 
 def test_requests_keep_the_pace():
