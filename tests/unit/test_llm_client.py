@@ -16,7 +16,7 @@ from rlsae.errors import RlsaeError
 from rlsae.expand import explain
 from rlsae.interpretation.llm import open_client
 from rlsae.interpretation.llm.cache import Cached
-from rlsae.interpretation.llm.client import FailFast, LlmError
+from rlsae.interpretation.llm.client import CUT, FailFast, LlmError
 from rlsae.interpretation.llm.hf_local import HfLocal
 from rlsae.interpretation.llm.openai import OpenAi, retry_after
 from rlsae.models import save
@@ -119,6 +119,7 @@ def test_a_pause_may_be_a_date():
         ("[]", "the server's answer has no choices"),
         ('{"choices": []}', "the server's answer has no choices"),
         ('{"choices": [{"message": null}]}', "the server's answer has no choices"),
+        ('{"choices": [{"finish_reason": "length", "message": {"content": "It fires on"}}]}', CUT),
         ('{"choices": [{"message": {"content": null}}]}', "the server's answer has no text"),
         ('{"choices": [{"message": {"content": " "}}]}', "the server's answer has no text"),
     ],
@@ -326,6 +327,10 @@ def test_a_local_model_answers_the_same_every_time(folder, template):
     answer = made.complete([{"role": "user", "content": "good?"}])
     assert answer
     assert answer == local(folder(template)).complete([{"role": "user", "content": "good?"}])
+
+
+def test_thoughts_that_the_template_begins_are_known_as_thoughts(folder):
+    assert local(folder(TEMPLATE + "<think>")).complete([{"role": "user", "content": "good?"}]).startswith("<think>")
 
 
 def test_a_conversation_that_exceeds_the_context_has_a_status(folder):

@@ -17,7 +17,7 @@ import requests
 
 from rlsae.config.llm import OpenAiLlm
 from rlsae.errors import RlsaeError
-from rlsae.interpretation.llm.client import LlmError, Message
+from rlsae.interpretation.llm.client import CUT, LlmError, Message
 
 LONGEST_WAIT = 120.0
 """Seconds; a server that asks for a longer pause counts as down."""
@@ -156,11 +156,14 @@ def _content(reply: requests.Response) -> str:
         LlmError: there is none.
     """
     try:
-        content = reply.json()["choices"][0]["message"]["content"]
+        choice = reply.json()["choices"][0]
+        content, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
     except (ValueError, RecursionError):
         raise LlmError("the server's answer is not JSON") from None
     except (LookupError, TypeError):
         raise LlmError("the server's answer has no choices") from None
+    if cut:
+        raise LlmError(CUT, of_request=True)
     if not isinstance(content, str) or not content.strip():
         raise LlmError("the server's answer has no text", of_request=True)
     return _writable(content)
