@@ -16,7 +16,7 @@ from rlsae.errors import RlsaeError
 from rlsae.expand import explain
 from rlsae.interpretation.llm import open_client
 from rlsae.interpretation.llm.cache import Cached
-from rlsae.interpretation.llm.client import FailFast, LlmError
+from rlsae.interpretation.llm.client import CUT, FailFast, LlmError
 from rlsae.interpretation.llm.hf_local import HfLocal
 from rlsae.interpretation.llm.openai import OpenAi, retry_after
 from rlsae.models import save
@@ -74,6 +74,10 @@ def test_a_server_that_is_down_is_asked_again_with_doubling_waits():
     assert made.waits == [1, 2, 4]
 
 
+def test_a_host_that_cannot_be_one_has_a_status():
+    assert status_of(client("http://a..b/v1", retries=0)).startswith("the server cannot be reached")
+
+
 def test_a_slow_server_is_given_up():
     with served([Reply(delay=0.5)]) as server:
         assert status_of(client(server.url, timeout=0.1, retries=0)) == "the server gives no answer within 0.1 s"
@@ -115,6 +119,7 @@ def test_a_pause_may_be_a_date():
         ("[]", "the server's answer has no choices"),
         ('{"choices": []}', "the server's answer has no choices"),
         ('{"choices": [{"message": null}]}', "the server's answer has no choices"),
+        ('{"choices": [{"finish_reason": "length", "message": {"content": "It fires on"}}]}', CUT),
         ('{"choices": [{"message": {"content": null}}]}', "the server's answer has no text"),
         ('{"choices": [{"message": {"content": " "}}]}', "the server's answer has no text"),
     ],
@@ -135,6 +140,12 @@ def test_a_refused_request_says_why_and_is_not_repeated():
         made = client(server.url)
         assert status_of(made) == "the server answers HTTP 400: context is full [key]"
     assert len(server.requests) == 1
+
+
+def test_a_short_key_is_not_shown_either(monkeypatch):
+    monkeypatch.setenv("A_KEY", "abc1234")
+    with served([Reply(json.dumps({"error": {"message": "wrong key abc1234"}}), 404)]) as server:
+        assert status_of(client(server.url)) == "the server answers HTTP 404: wrong key [key]"
 
 
 def test_requests_keep_the_pace():
@@ -316,6 +327,10 @@ def test_a_local_model_answers_the_same_every_time(folder, template):
     answer = made.complete([{"role": "user", "content": "good?"}])
     assert answer
     assert answer == local(folder(template)).complete([{"role": "user", "content": "good?"}])
+
+
+def test_thoughts_that_the_template_begins_are_known_as_thoughts(folder):
+    assert local(folder(TEMPLATE + "<think>")).complete([{"role": "user", "content": "good?"}]).startswith("<think>")
 
 
 def test_a_conversation_that_exceeds_the_context_has_a_status(folder):

@@ -11,7 +11,7 @@ import pytest
 
 from rlsae.interpretation.explanation import EXPLAINED, SCORED, Explanation
 from rlsae.interpretation.llm import LlmDetection, LlmExplainer, LlmFuzzing, open_client, related
-from rlsae.interpretation.llm.client import MALFORMED, LlmError
+from rlsae.interpretation.llm.client import CUT, MALFORMED, LlmError
 from rlsae.interpretation.llm.explainer import representative
 from rlsae.interpretation.llm.judges import balanced_accuracy, other_tokens, read_list, strong_tokens
 from rlsae.interpretation.llm.task import read_digit
@@ -49,6 +49,13 @@ def test_an_explanation_is_the_models_sentence():
     client = Scripted(lambda asked: "<think>Cats?</think>\n It fires on\ncats. ")
     found = LlmExplainer(client).explain(evidence())
     assert (found.text, found.status, found.predict) == ("It fires on cats.", EXPLAINED, None)
+
+
+def test_thoughts_without_an_end_are_no_explanation():
+    found = LlmExplainer(Scripted(lambda asked: "<think>Perhaps cats")).explain(evidence())
+    assert (found.text, found.status) == ("", CUT)
+    named = LlmExplainer(Scripted(lambda asked: "It fires on <think> tags")).explain(evidence())
+    assert named.text == "It fires on <think> tags"
 
 
 def test_the_prompt_shows_windows_with_highlights_and_activations_from_0_to_10():
@@ -136,6 +143,8 @@ def test_batches_are_of_equal_size_and_mixed_by_the_seed():
         ("[1, 0, 1]", [1, 0, 1]),
         ("```json\n[1,\n0,1]\n```", [1, 0, 1]),
         ("First [0,0,0]; no: [1,0,1].", [1, 0, 1]),
+        ("<think>[0,0,0]?</think>[1,0,1]", [1, 0, 1]),
+        ("<think>Perhaps [1,0,1]", None),
         ("[1, 0]", None),
         ("[1, 0, 1, 1]", None),
         ("[1, 0, 2]", None),

@@ -13,6 +13,7 @@ Read = TypeVar("Read")
 
 FAILURES = 5
 """Failures in a row after which a server is not asked again."""
+CUT = "the model's answer is longer than max_tokens allows"
 MALFORMED = "the model's answer has not the form that was asked for"
 
 
@@ -69,6 +70,12 @@ class FailFast:
             raise
         self.failed = 0
         return answer
+
+
+def spoken(answer: str) -> str | None:
+    """What an answer says after the thoughts that some models write first; None where the thoughts do not end."""
+    said = answer.rpartition("</think>")[2]
+    return None if said.lstrip().startswith("<think>") else said
 
 
 def ask(client: Client, prompt: str, reminder: str, read: Callable[[str], Read | None]) -> Read:

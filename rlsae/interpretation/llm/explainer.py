@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlsae.interpretation.explanation import Explanation
-from rlsae.interpretation.llm.client import Client, LlmError
+from rlsae.interpretation.llm.client import CUT, Client, LlmError, spoken
 from rlsae.interpretation.llm.text import HIGHLIGHT, highlighted, prompt, quoted
 from rlsae.interpretation.windows import Window
 
@@ -44,8 +44,10 @@ class LlmExplainer:
             answer = self.client.complete([{"role": "user", "content": prompt("explain", examples=examples)}])
         except LlmError as error:
             return Explanation.none(error.status)
-        # Some models think aloud before they answer.
-        text = " ".join(answer.rpartition("</think>")[2].split())[:LONGEST]
+        said = spoken(answer)
+        if said is None:
+            return Explanation.none(CUT)
+        text = " ".join(said.split())[:LONGEST]
         return Explanation(text) if text else Explanation.none("the model's answer is empty")
 
 

@@ -49,6 +49,8 @@ class HfLocal:
         """
         model, tokenizer = self._loaded
         ids_BT = torch.tensor([self._prompt(messages)], device=model.device)
+        # Some templates begin the thoughts themselves; without their beginning an answer would not be known as unfinished.
+        begun = "<think>" if tokenizer.decode(ids_BT[0]).rstrip().endswith("<think>") else ""
         length, limit = ids_BT.shape[1], context_limit(model)
         if length + self.entry.max_tokens > limit:
             raise LlmError(
@@ -67,7 +69,7 @@ class HfLocal:
         answer = str(tokenizer.decode(answered_BT[0, length:], skip_special_tokens=True)).strip()
         if not answer:
             raise LlmError("the model's answer is empty", of_request=True)
-        return answer
+        return begun + answer
 
     def _prompt(self, messages: list[Message]) -> list[int]:
         """Token ids of a conversation, by the chat template where there is one."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsae.interpretation.explanation import EXPLAINED, Explanation, Score
-from rlsae.interpretation.llm.client import Client, LlmError, ask
+from rlsae.interpretation.llm.client import Client, LlmError, ask, spoken
 from rlsae.interpretation.llm.text import HIGHLIGHT, highlighted, numbered, plain, prompt, quoted
 from rlsae.interpretation.windows import Window
 from rlsae.statistics import bootstrap_weights
@@ -123,7 +123,7 @@ def balanced_accuracy(truth: NDArray[np.bool_], said: NDArray[np.bool_], seed: i
 
 def read_list(answer: str, count: int) -> list[int] | None:
     """The last list of zeros and ones in an answer; None where there is none or it has another length."""
-    lists = re.findall(r"\[[01,\s]*\]", answer)
+    lists = re.findall(r"\[[01,\s]*\]", spoken(answer) or "")
     try:
         found = json.loads(lists[-1]) if lists else None
     except ValueError:

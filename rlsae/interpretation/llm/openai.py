@@ -17,12 +17,12 @@ import requests
 
 from rlsae.config.llm import OpenAiLlm
 from rlsae.errors import RlsaeError
-from rlsae.interpretation.llm.client import LlmError, Message
+from rlsae.interpretation.llm.client import CUT, LlmError, Message
 
 LONGEST_WAIT = 120.0
 """Seconds; a server that asks for a longer pause counts as down."""
 SHORTEST_SECRET = 8
-"""Shorter keys are placeholders (`EMPTY`, `none`) for servers that need none; to redact them would change answers."""
+"""Shorter keys are placeholders (`EMPTY`, `none`) for servers that need none; in answers they stay."""
 SHOWN = 200
 """Characters of a server's complaint that a status repeats."""
 
@@ -93,7 +93,8 @@ class OpenAi:
             reply = self.session.post(url, json=body, auth=key.sign, timeout=self.entry.timeout, allow_redirects=False)
         except requests.Timeout:
             raise _Passing(f"the server gives no answer within {self.entry.timeout:g} s") from None
-        except requests.RequestException as error:
+        # A host name that cannot be one is a ValueError of the library below.
+        except (requests.RequestException, ValueError) as error:
             raise _Passing(f"the server cannot be reached ({type(error).__name__})") from None
         code = reply.status_code
         if code in (408, 429) or code >= 500:
@@ -105,7 +106,7 @@ class OpenAi:
             raise LlmError(f"the server refuses the key (HTTP {code}); key_variable: {self.entry.key_variable}")
         if code != 200:
             raise LlmError(f"the server answers HTTP {code}{key.redact(_complaint(reply))[:SHOWN]}", code in (400, 413, 422))
-        return key.redact(_content(reply))
+        return key.redact(_content(reply), SHORTEST_SECRET)
 
 
 class _Key:
@@ -124,8 +125,8 @@ class _Key:
             request.headers["Authorization"] = f"Bearer {self._value}"
         return request
 
-    def redact(self, text: str) -> str:
-        return text.replace(self._value, "[key]") if len(self._value) >= SHORTEST_SECRET else text
+    def redact(self, text: str, shortest: int = 1) -> str:
+        return text.replace(self._value, "[key]") if len(self._value) >= shortest else text
 
 
 def retry_after(header: str | None) -> float:
@@ -155,11 +156,14 @@ def _content(reply: requests.Response) -> str:
         LlmError: there is none.
     """
     try:
-        content = reply.json()["choices"][0]["message"]["content"]
+        choice = reply.json()["choices"][0]
+        content, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
     except (ValueError, RecursionError):
         raise LlmError("the server's answer is not JSON") from None
     except (LookupError, TypeError):
         raise LlmError("the server's answer has no choices") from None
+    if cut:
+        raise LlmError(CUT, of_request=True)
     if not isinstance(content, str) or not content.strip():
         raise LlmError("the server's answer has no text", of_request=True)
     return _writable(content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rlsae.interpretation.llm.client import Client, LlmError, ask
+from rlsae.interpretation.llm.client import Client, LlmError, ask, spoken
 from rlsae.interpretation.llm.text import prompt, quoted
 
 
@@ -25,5 +25,5 @@ def related(client: Client, explanation_text: str, task: str) -> int | str:
 
 def read_digit(answer: str) -> int | None:
     """The 0 or 1 that an answer consists of; None where it is something else."""
-    found = re.fullmatch(r"\W*([01])\W*", answer.rpartition("</think>")[2])
+    found = re.fullmatch(r"\W*([01])\W*", spoken(answer) or "")
     return int(found[1]) if found else None
