@@ -43,7 +43,7 @@ def judged(judge: Judge, explanation: Explanation, active: Sequence[Window], sil
         return Score.none(explanation.status)
     if explanation.predict is None:
         return Score.none("a text alone: only a language model can judge it")
-    if min(len(active), len(silent)) < MIN_WINDOWS:
+    if len(active) < MIN_WINDOWS or (judge in BESIDE_SILENT and len(silent) < MIN_WINDOWS):
         return Score.none(f"{len(active)} held-out windows in which it fires, {len(silent)} others: not scored")
     return judge(explanation, active, silent, seed)
 
@@ -121,4 +121,6 @@ def intruder(explanation: Explanation, active: Sequence[Window], silent: Sequenc
     return _scored(np.mean(found), bootstrap_ci95(np.array(found), seed))
 
 
+BESIDE_SILENT = (detection, intruder)
+"""Judges that need windows in which the latent does not fire: one that fires everywhere has none."""
 JUDGES: dict[str, Judge] = {"detection": detection, "fuzzing": fuzzing, "simulation": simulation, "intruder": intruder}

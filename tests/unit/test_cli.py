@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -381,7 +380,7 @@ def test_the_stages_behind_a_tuning_run_one_by_one_from_the_command_line(rlsae, 
     succeed(rlsae, "interpret", "--settings", '{"latents": 4}', *named, *options, "--threads", 1)
     explained = pd.read_parquet(results / "interpretation/main/latents.parquet")
     assert set(explained.role) == {"base", "tuned"}
-    assert np.isfinite(explained.detection_auc).any()
+    assert (explained.explanation != "").any()
 
 
 def test_a_manifest_records_the_settings_with_the_defaults_that_were_not_typed(rlsae, tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from small_artifacts import finish, random_documents, read_json, tokens_of, write_dictionaries, write_policy, write_store
+from small_llm_server import examples, served
 from small_tunings import entry
 
 from rlsae.activations.store import ActivationStore
@@ -202,7 +205,7 @@ def interpret(policies, tmp_path):
         pd.DataFrame({"layer": [0], "rank": [0]}).to_parquet(comparison / "levels.parquet", index=False)
         out = results / "interpretation" / "main"
         entry = InterpretationJob(**SETTINGS | settings)
-        build_interpretation(entry, out, None, comparison, dictionaries, stores, *policies, None)
+        build_interpretation(entry, out, None, comparison, dictionaries, stores, *policies, None, None, tmp_path / "answers")
         return out
 
     return build
@@ -311,6 +314,42 @@ def test_interventions_fill_their_tables(interpret):
     explained = pd.read_parquet(out / "latents.parquet")
     assert explained.ablation_reward_change.notna().equals(explained.role == "tuned")
     assert pd.read_parquet(out / "reward_links.parquet").reward_gradient.notna().all()
+
+
+def test_a_language_model_explains_judges_and_is_asked_about_the_task(interpret, monkeypatch):
+    monkeypatch.setenv("A_KEY", "sk-secret-0123456789")
+
+    def reader(asked):
+        if "related to" in asked:
+            return "1"
+        return json.dumps([1] * len(examples(asked))) if examples(asked) else "It fires on a letter."
+
+    with served(reader) as server:
+        llm = {"kind": "openai", "base_url": server.url, "model": "small", "key_variable": "A_KEY"}
+        out = interpret(latents=2, llm=llm)
+        asked = len(server.requests)
+        again = interpret("b", latents=2, llm=llm)
+        assert len(server.requests) == asked > 0
+    assert (out / MANIFEST).read_bytes() == (again / MANIFEST).read_bytes()
+    table = pd.read_parquet(out / "explanations.parquet")
+    said = table[(table.explainer == "llm") & (table.control == "")]
+    assert set(said.explanation) == {"It fires on a letter."}
+    assert said.score[said.judge == "llm_detection"].tolist() == pytest.approx([0.5] * 4)  # says yes to everything
+    assert set(pd.read_parquet(out / "latents.parquet").llm_task_related) == {"1"}
+    files = [path for path in out.parents[3].rglob("*") if path.is_file()]
+    assert any("answers" in path.parts for path in files)
+    assert not any(b"sk-secret" in path.read_bytes() for path in files)
+
+
+def test_without_its_server_a_study_is_explained_as_far_as_it_can_be(interpret, monkeypatch):
+    monkeypatch.setenv("A_KEY", "sk-secret-0123456789")
+    llm = {"kind": "openai", "base_url": "http://127.0.0.1:1/v1", "model": "small", "key_variable": "A_KEY", "retries": 0}
+    table = pd.read_parquet(interpret(latents=2, llm=llm) / "explanations.parquet")
+    of_llm = (table.explainer == "llm") & (table.control == "")
+    assert table.status[of_llm].str.contains("cannot be reached|not asked").all()
+    assert (
+        table.status[(table.explainer == "tokens") & (table.judge == "detection") & (table.control == "")] == "scored"
+    ).all()
 
 
 def test_equal_interpretations_give_equal_bytes(interpret):

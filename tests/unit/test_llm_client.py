@@ -10,6 +10,7 @@ import time
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
+from small_llm_server import KEY, QUESTION, Reply, Scripted, down, entry, served
 
 from rlsae.config.llm import AnyLlm, LocalLlm
 from rlsae.errors import RlsaeError
@@ -20,7 +21,6 @@ from rlsae.interpretation.llm.client import CUT, FailFast, LlmError
 from rlsae.interpretation.llm.hf_local import HfLocal
 from rlsae.interpretation.llm.openai import OpenAi, retry_after
 from rlsae.models import save
-from tests.unit.small_llm_server import KEY, QUESTION, Reply, Scripted, down, entry, served
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from small_llm_server import Scripted, down, entry, examples, served, windows
 
 from rlsae.interpretation.explanation import EXPLAINED, SCORED, Explanation
 from rlsae.interpretation.llm import LlmDetection, LlmExplainer, LlmFuzzing, open_client, related
@@ -17,7 +18,6 @@ from rlsae.interpretation.llm.judges import balanced_accuracy, other_tokens, rea
 from rlsae.interpretation.llm.task import read_digit
 from rlsae.interpretation.llm.text import highlighted, prompt, quoted
 from rlsae.interpretation.windows import Window
-from tests.unit.small_llm_server import Scripted, down, entry, examples, served, windows
 
 CATS = Explanation("fires on cats")
 ACTIVE, SILENT = windows(40, True), windows(40, False, seed=1)

@@ -1,4 +1,4 @@
-"""`ensemble`: what several explainers say together, each weighed by how well it tells training windows apart."""
+"""`ensemble`: what several explainers say together, each weighed by how well it predicts training windows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from rlsae.interpretation.evidence import Evidence
 from rlsae.interpretation.explanation import Explanation
-from rlsae.interpretation.judges import predicted_largest, ranking_auc
 from rlsae.interpretation.windows import Window
 
 NAMED = 0.25
@@ -17,21 +16,22 @@ NAMED = 0.25
 
 
 def combine(explanations: Mapping[str, Explanation], evidence: Evidence) -> Explanation:
-    """Sum of the predictions, each in units of its largest on training windows, with weights 2 AUC - 1 where that is positive.
+    """Sum of the predictions, each in units of its spread on training windows, weighed by its correlation with the activation.
 
     Args:
         explanations: of the same latent, by explainer; those that are not executable take no part.
     """
     able = {name: said for name, said in explanations.items() if said.predict}
+    windows = [*evidence.active, *evidence.silent]
+    true = np.concatenate([window.acts for window in windows]) if windows else np.zeros(1)
     weights, scales = {}, {}
     for name, said in able.items():
-        active, silent = (predicted_largest(said, windows) for windows in (evidence.active, evidence.silent))
-        if len(active) and len(silent) and max(active.max(), silent.max()) > 0:
-            weights[name] = 2 * ranking_auc(active, silent) - 1
-            scales[name] = max(active.max(), silent.max())
+        predicted = np.concatenate([said.predict(window) for window in windows]) if windows else np.zeros(1)  # type: ignore
+        if predicted.std() and true.std():
+            weights[name], scales[name] = float(np.corrcoef(predicted, true)[0, 1]), float(predicted.std())
     weights = {name: weight for name, weight in weights.items() if weight > 0}
     if not weights:
-        return Explanation.none("no explainer tells its training windows apart")
+        return Explanation.none("no explainer predicts its training windows")
 
     def predict(window: Window) -> NDArray[np.floating]:
         return sum(weight * able[name].predict(window) / scales[name] for name, weight in weights.items())  # type: ignore
