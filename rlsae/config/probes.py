@@ -11,7 +11,8 @@ from rlsae.config.entry import IS_PATH, Entry, Positive, Seed
 
 class Probes(Entry):
     triples: Positive = Field(
-        400, description="At most so many contrastive triples (one context with a good, a bad and a neutral word), or held-out pairs."
+        400,
+        description="At most so many contrastive triples (one context, a good, a bad and a neutral word), or held-out pairs.",
     )
     split_targets: Literal["average", "drop"] = Field(
         "average", description="A word of several tokens: average the activations at them, or leave its triple out."

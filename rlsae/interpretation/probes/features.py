@@ -1,4 +1,7 @@
-"""What a probe reads: latents, raw activations and what they must beat. Shapes: N spans, T positions, D channels, F features."""
+"""What a probe reads: latents, raw activations and what they must beat.
+
+Shapes: N spans, T positions, D channels, F features.
+"""
 
 from __future__ import annotations
 

@@ -1,19 +1,15 @@
 """Contrastive triples: one context that ends in a good, a bad or a neutral word (arXiv 2310.08164 section 3.3).
 
 The paper has GPT-4 rewrite sentences. Here only the last word differs, and it comes from the corpus: good and bad words from
-the outer quartiles of the lexicon, neutral ones from outside it. `triples.parquet` has the columns `COLUMNS`.
+the outer quartiles of the lexicon, neutral ones from outside it, all chosen by how the corpus uses them.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,16 +18,17 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from rlsae.config.probes import Probes
-from rlsae.errors import RlsaeError
 from rlsae.interpretation.probes.spans import Span, target_span
 from rlsae.interpretation.probes.wording import SENTENCE_START, Wording, words_of
 from rlsae.rewards import WORD
 
 VARIANTS = ("positive", "negative", "neutral")
+"""In the order of a triple's spans."""
 COLUMNS = [
     "triple", "document", "context", "positive", "negative", "neutral", "polarity_positive", "polarity_negative",
     "tokens_positive", "tokens_negative", "tokens_neutral",
 ]  # fmt: skip
+"""Of `triples.parquet`. `document` is that of the context, -1 in triples of one's own; `tokens_*` those of the word."""
 CONTEXT_WORDS = (3, 40)
 """Words of a context, at least and at most."""
 ALIKE = 12
@@ -42,18 +39,45 @@ SENTENCE = re.compile(r"[^.!?<>]+")
 MARKUP = re.compile(r"<[^<>]*>")
 
 
-@dataclass(frozen=True)
-class Triples:
-    """Triples, and what became of the others."""
+class Triple(NamedTuple):
+    """One row of the table, and the tokens of its variants."""
 
-    table: pd.DataFrame
-    split: int
-    """Triples in which a word has several tokens; none of them is in the table if these are dropped."""
+    row: dict[str, object]
+    spans: list[Span]
 
     @property
-    def spans(self) -> list[Span]:
-        """Tokens and target of each variant, all of the first triple first."""
-        return [span for row in self.table["spans"] for span in row]
+    def longest(self) -> int:
+        return max(len(span.ids) for span in self.spans)
+
+    @property
+    def split(self) -> bool:
+        """Whether a word has several tokens."""
+        return any(span.last - span.first > 1 for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Triples:
+    """Triples, and how many have a word of several tokens."""
+
+    table: pd.DataFrame
+    spans: list[Span]
+    """Tokens and target of each variant, all of the first triple first."""
+    split: int
+    """None of them is in the table if they are dropped."""
+
+    @classmethod
+    def of(cls, triples: Iterable[Triple], entry: Probes) -> Triples:
+        """The first `entry.triples`, without those of split words where the entry says so."""
+        kept: list[Triple] = []
+        split = 0
+        for triple in triples:
+            split += triple.split
+            if not (triple.split and entry.split_targets == "drop"):
+                kept.append(triple)
+            if len(kept) == entry.triples:
+                break
+        table = pd.DataFrame([{"triple": n, **triple.row} for n, triple in enumerate(kept)], columns=COLUMNS)
+        return cls(table, [span for triple in kept for span in triple.spans], split)
 
 
 class Target(NamedTuple):
@@ -78,62 +102,29 @@ def build_triples(
         polarity: polarity of the lexicon's words, lower-cased.
         limit: longest sequence of the model, in tokens.
     """
+    found = _built(documents, polarity, tokenizer, np.random.default_rng([entry.seed, 1]))
+    return Triples.of((triple for triple in found if triple.longest <= limit), entry)
+
+
+def _built(
+    documents: pd.DataFrame, polarity: dict[str, float], tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator
+) -> Iterator[Triple]:
     outer = outer_quartiles(polarity)
     texts = [MARKUP.sub(". ", text) for text in documents.text]
     wording = Wording.of(texts, set(outer), set(polarity))
-    usable = {sign: [w for w, value in outer.items() if w in wording.row and value * sign > 0] for sign in (1, -1)}
+    usable = {sign: [word for word, value in outer.items() if word in wording.row and value * sign > 0] for sign in (1, -1)}
     neutral = [word for word in wording.row if word not in outer]
     if not (usable[1] and usable[-1] and neutral):
-        return Triples(_table([]), 0)
-    held = [(n, text) for n, text, out in zip(documents.document, texts, documents.held_out, strict=True) if out]
-    rng = np.random.default_rng([entry.seed, 1])
-    rows: list[dict[str, object]] = []
-    split = 0
-    for target in _spread(filter(None, (first_target(n, text, outer) for n, text in held)), rng):
-        if len(rows) == entry.triples:
-            break
-        word = target.word.lower()
-        previous = words_of(target.context)[-1]
-        sign = 1 if outer[word] > 0 else -1
-        opposite = rng.choice(wording.alike(word, previous, usable[-sign], ALIKE))
-        middle = rng.choice(wording.alike(word, previous, _as_frequent(wording, word, neutral), ALIKE))
-        words = {"positive": word if sign > 0 else opposite, "negative": opposite if sign > 0 else word, "neutral": middle}
-        row = _row(target.document, target.context, {k: _cased(str(w), target.word) for k, w in words.items()}, polarity, tokenizer)
-        if row["longest"] > limit:
-            continue
-        split += row["split"]
-        if not (row["split"] and entry.split_targets == "drop"):
-            rows.append(row)
-    return Triples(_table(rows), split)
-
-
-def read_triples(
-    entry: Probes, path: Path, polarity: dict[str, float], tokenizer: PreTrainedTokenizerBase, limit: int
-) -> Triples:
-    """The triples of a file of JSON lines with `context`, `positive`, `negative` and `neutral`, the first `entry.triples`.
-
-    Raises:
-        RlsaeError: names file and line where one is not a triple, its words do not have the polarity that they are said to
-            have, or it is longer than the model's context; or the file cannot be read or holds none.
-    """
-    rows: list[dict[str, object]] = []
-    split = 0
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        content = _checked(line, where, polarity)
-        row = _row(-1, content["context"].rstrip(), {k: content[k] for k in VARIANTS}, polarity, tokenizer)
-        if row["longest"] > limit:
-            raise RlsaeError(f"{where}: {row['longest']} tokens, the model's context holds {limit}; shorten the context")
-        split += row["split"]
-        if not (row["split"] and entry.split_targets == "drop"):
-            rows.append(row)
-        if len(rows) == entry.triples:
-            break
-    if not rows and not split:
-        raise RlsaeError(f"{path} holds no triples")
-    return Triples(_table(rows), split)
+        return
+    held_out = ((n, text) for n, text, held in zip(documents.document, texts, documents.held_out, strict=True) if held)
+    for target in _spread([first_target(n, text, outer) for n, text in held_out], rng):
+        word, previous = target.word.lower(), words_of(target.context)[-1]
+        side, other = ("positive", "negative") if outer[word] > 0 else ("negative", "positive")
+        opposite = wording.alike(word, previous, usable[-1 if side == "positive" else 1], ALIKE)
+        middle = wording.alike(word, previous, _as_frequent(wording, word, neutral), ALIKE)
+        words = {side: word, other: str(rng.choice(opposite)), "neutral": str(rng.choice(middle))}
+        cased = {name: _cased(words[name], target.word) for name in VARIANTS}
+        yield variants(target.document, target.context, cased, polarity, tokenizer)
 
 
 def outer_quartiles(polarity: dict[str, float]) -> dict[str, float]:
@@ -152,16 +143,20 @@ def first_target(document: int, text: str, outer: dict[str, float]) -> Target | 
             continue
         before = sentence[0][: match.start()]
         # After a hyphen or a bracket a word is no token of its own and has other neighbours.
-        if before[-1:].isspace() and fewest <= len(WORD.findall(before)) <= most and words_of(before + "x")[-2] != SENTENCE_START:
+        if (
+            before[-1:].isspace()
+            and fewest <= len(WORD.findall(before)) <= most
+            and words_of(before + "x")[-2] != SENTENCE_START
+        ):
             return Target(document, " ".join(before.split()), match[0])
     return None
 
 
-def _spread(targets: Iterator[Target | None], rng: np.random.Generator) -> list[Target]:
+def _spread(targets: list[Target | None], rng: np.random.Generator) -> list[Target]:
     """Every word once, then every word a second time, …: a few frequent words would make most triples otherwise."""
     found = [target for target in targets if target]
     seen: Counter[str] = Counter()
-    order = []
+    order: list[tuple[int, int, Target]] = []
     for place in rng.permutation(len(found)):
         word = found[place].word.lower()
         order.append((seen[word], len(order), found[place]))
@@ -183,48 +178,11 @@ def _cased(word: str, like: str) -> str:
     return word.capitalize() if like[0].isupper() else word
 
 
-def _row(
+def variants(
     document: int, context: str, words: dict[str, str], polarity: dict[str, float], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, object]:
+) -> Triple:
+    """A triple of these words, by `VARIANTS`, after this context."""
     spans = [target_span(tokenizer, context, words[name]) for name in VARIANTS]
     counts = {f"tokens_{name}": span.last - span.first for name, span in zip(VARIANTS, spans, strict=True)}
     values = {f"polarity_{name}": polarity[words[name].lower()] for name in ("positive", "negative")}
-    return {
-        "document": document, "context": context, **words, **values, **counts,
-        "spans": spans, "longest": max(len(span.ids) for span in spans), "split": int(max(counts.values()) > 1),
-    }  # fmt: skip
-
-
-def _table(rows: list[dict[str, object]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "spans"])
-    table["triple"] = np.arange(len(rows))
-    return table
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.name.endswith(".gz") else raw).decode("utf-8-sig").splitlines()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise RlsaeError(f"cannot read {path}: {error}") from None
-
-
-def _checked(line: str, where: str, polarity: dict[str, float]) -> dict[str, str]:
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise RlsaeError(f"{where}: not valid JSON: {error}") from None
-    for key in ("context", *VARIANTS):
-        if not isinstance(content, dict) or not isinstance(content.get(key), str):
-            raise RlsaeError(f"{where}: expected an object with the texts context, positive, negative and neutral; {key} is none")
-        if not content[key].strip() or (key != "context" and len(content[key].split()) != 1):
-            raise RlsaeError(f"{where}: {key}: expected {'a text' if key == 'context' else 'one word'}, found {content[key]!r:.60}")
-    for key, fits, expected in (
-        ("positive", lambda value: value > 0, "a word of positive polarity"),
-        ("negative", lambda value: value < 0, "a word of negative polarity"),
-        ("neutral", lambda value: value == 0, "a word that is not in the lexicon"),
-    ):
-        value = polarity.get(content[key].lower(), 0.0)
-        if not fits(value):
-            raise RlsaeError(f"{where}: {key}: expected {expected}, {content[key]!r} has {value:g} in the lexicon")
-    return content
+    return Triple({"document": document, "context": context, **words, **values, **counts}, spans)

@@ -80,7 +80,7 @@ def words_of(text: str) -> list[str]:
     """Lower-cased words, with `SENTENCE_START` where the marks between two of them end a clause or a sentence."""
     words, end = [SENTENCE_START], 0
     for match in WORD.finditer(text):
-        if any(mark in ".!?;:,()\"<>" for mark in text[end : match.start()]) and words[-1]:
+        if any(mark in '.!?;:,()"<>' for mark in text[end : match.start()]) and words[-1]:
             words.append(SENTENCE_START)
         words.append(match[0].lower())
         end = match.end()
