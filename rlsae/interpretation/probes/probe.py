@@ -33,13 +33,13 @@ TARGETS = ("lexicon", "distance")
 """Polarity of the word, or the paper's ±‖A(x±) − A(x0)‖, which is made from the features and the sign that it then predicts."""
 C = 1e-3
 """Inverse penalty of the logistic probe: with more features than rows, much is needed."""
-SUFFIX = re.compile(r"(?:ing|ingly|edly|ed|ly|ies|es|s|er|est|e|y|i|ful|fully|ness|less)$")
+SUFFIX = re.compile(r"(?:ing|ingly|edly|ed|(?<!b)ly|ies|es|s|er|est|e|y|i|ful|fully|ness|less)$")
 
 
 def stem(word: str) -> str:
-    """What inflections of a word share: lower-cased, English endings cut while four letters are left."""
+    """What inflections of a word share: lower-cased, English endings cut while three letters are left."""
     word = word.lower()
-    while len(shorter := SUFFIX.sub("", word)) >= 4 and shorter != word:
+    while len(shorter := SUFFIX.sub("", word)) >= 3 and shorter != word:
         word = shorter
     return re.sub(r"(.)\1$", r"\1", word)
 

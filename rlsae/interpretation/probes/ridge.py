@@ -1,9 +1,11 @@
 """Ridge regression whose every prediction is held out, for many labellings of the same rows at once.
 
-    w = argmin ‖y − Z w‖² + α ‖w‖²,    Z: features standardised on the training rows
+    w = argmin ‖y − Z w‖² + α ‖w‖²,    ŷ = Z w,    Z: features standardised on the training rows
 
 as scikit-learn's `StandardScaler` and `Ridge`, but in its dual form: one eigendecomposition of the rows' products serves all
-α and all labellings, so that 200 permutations are fitted like the labels themselves. Shapes: N rows, F features, P labellings.
+α and all labellings, so that 200 permutations are fitted like the labels themselves. There is no intercept: rewards have a
+zero, and the mean of a training fold is the higher the lower that of its test fold is, which would make τ of permuted labels
+negative and every p too small. Shapes: N rows, F features, P labellings.
 """
 
 from __future__ import annotations
@@ -67,12 +69,7 @@ def _solve(kernel: Array, labels_NP: Array, train: NDArray[np.int64], test: NDAr
     """Predictions of the test rows for each of `ALPHAS` [test, P]."""
     K = kernel[np.ix_(train, train)]
     across = kernel[np.ix_(test, train)]
-    mean = K.mean(0)
-    # An intercept: rows and labels are centred on the training rows.
-    across = across - across.mean(1, keepdims=True) - mean + mean.mean()
-    K = K - mean - mean[:, None] + mean.mean()
-    centre = labels_NP[train].mean(0)
     values, vectors = np.linalg.eigh(K)
-    left, right = across @ vectors, vectors.T @ (labels_NP[train] - centre)
+    left, right = across @ vectors, vectors.T @ labels_NP[train]
     for alpha in ALPHAS:
-        yield left @ (right / (np.maximum(values, 0) + alpha)[:, None]) + centre
+        yield left @ (right / (np.maximum(values, 0) + alpha)[:, None])

@@ -1,7 +1,8 @@
 """Contrastive triples: one context that ends in a good, a bad or a neutral word (arXiv 2310.08164 section 3.3).
 
 The paper has GPT-4 rewrite sentences. Here only the last word differs, and it comes from the corpus: good and bad words from
-the outer quartiles of the lexicon, neutral ones from outside it, all chosen by how the corpus uses them.
+the outer quartiles of the lexicon, neutral ones from outside it, all chosen by how the corpus uses them. `triples.parquet` has
+the columns `COLUMNS`.
 """
 
 from __future__ import annotations

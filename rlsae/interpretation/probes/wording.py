@@ -22,6 +22,8 @@ CANDIDATES = 4000
 FUNCTION_WORDS = 100
 """Most frequent words, which are no neutral words."""
 SENTENCE_START = ""
+RARE = 5
+"""Neighbours added to those of each word: a word seen once would otherwise be used exactly like another one."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Wording:
     row: dict[str, int]
     """Place of each candidate in `use_WN`."""
     use_WN: NDArray[np.float32]
-    """Unit vectors: square roots of the shares of the neighbours before and after each candidate."""
+    """Vectors shorter than 1: square roots of the shares of the neighbours before and after each candidate."""
 
     @classmethod
     def of(cls, texts: Iterable[str], words: set[str], lexicon: set[str]) -> Wording:
@@ -65,7 +67,7 @@ class Wording:
                 if behind in neighbour:
                     use_WN[row[word], len(neighbour) + neighbour[behind]] += 1
         use_WN = np.sqrt(use_WN)
-        use_WN /= np.maximum(np.linalg.norm(use_WN, axis=1, keepdims=True), 1e-9)
+        use_WN /= np.sqrt((use_WN**2).sum(1, keepdims=True) + RARE)
         return cls(count, after, row, use_WN)
 
     def alike(self, word: str, previous: str, among: list[str], number: int) -> list[str]:
