@@ -208,6 +208,7 @@ class Layout:
         yield Artifact("models", base, self.model_settings(entry.model), [c.folder for c in trained_on], files)
         files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
         files |= self._files(self.config.llms[entry.llm], "llm") if entry.llm else {}
+        files |= self._files(entry.interpretation.probes, "triples") if entry.interpretation.probes else {}
         files |= self._files(self.config.tunings[tuning], "tuned")
         yield Artifact("policies", tuned, self.policy_settings(tuning), [base, prompts.folder], files)
         yield Artifact("tokens", tokens, self.token_settings(entry.corpus), [base, texts.folder])
@@ -219,6 +220,7 @@ class Layout:
         inputs += [RESULTS / "divergence" / source] if source != study else []
         files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
         files |= self._files(self.config.llms[entry.llm], "llm") if entry.llm else {}
+        files |= self._files(entry.interpretation.probes, "triples") if entry.interpretation.probes else {}
         yield Artifact("divergence", divergence, self.divergence_settings(study), inputs, files)
         layers = self.chosen_layers(study)
         if layers is None:
@@ -238,6 +240,7 @@ class Layout:
         inputs = [comparison, base, tuned, prompts.folder, *data]
         files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
         files |= self._files(self.config.llms[entry.llm], "llm") if entry.llm else {}
+        files |= self._files(entry.interpretation.probes, "triples") if entry.interpretation.probes else {}
         yield Artifact("interpretation", interpretation, self.interpretation_settings(study), inputs, files)
         inputs = [base, tuned, divergence, comparison, interpretation, *data]
         yield Artifact("reports", RESULTS / "reports" / study, {}, inputs)

@@ -14,12 +14,14 @@ HEADER = "# Generated from rlsae/config/ by `rlsae schema`. Do not edit.\n"
 def schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a configuration file; a scalar of an entry may also be a list, which is expanded."""
     content = Config.model_json_schema()
+    for definition in content["$defs"].values():
+        for field in definition.get("properties", {}).values():
+            field.pop("file", None)
+            field.pop("entry_of", None)
     for section in SECTIONS:
         content["properties"][section]["additionalProperties"] = False
         for definition in _entries(content, content["properties"][section]):
             for key, field in definition["properties"].items():
-                field.pop("file", None)
-                field.pop("entry_of", None)
                 if not _takes_list(field, content) and "const" not in field:
                     shared = {k: field.pop(k) for k in ("title", "description", "default") if k in field}
                     definition["properties"][key] = shared | {"anyOf": [dict(field), {"type": "array", "items": dict(field)}]}

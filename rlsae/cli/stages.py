@@ -257,6 +257,7 @@ def interpret(
     out: Out,
     reward_file: MaybeFile = None,
     llm_path: MaybeFile = None,
+    triples: Annotated[Path | None, typer.Option(help="Triples of your own for the probes.")] = None,
     llm_answers: Annotated[Path | None, typer.Option(help="Folder that keeps a language model's answers.")] = None,
     work: Work = None,
     threads: Threads = None,
@@ -268,14 +269,14 @@ def interpret(
     --tuned-weights results/policies/tiny.ppo/model --corpus results/corpora/reviews --out results/interpretation/demo
     """
     configure(threads)
-    from rlsae.interpretation.stage import build_interpretation
+    from rlsae.interpretation.stage import Files, build_interpretation
 
     given = read_json(settings)
     if given.get("llm"):
         given["llm"] = read_json(with_path(as_text(given["llm"]), llm_path))
     entry, both = parse_settings(config.InterpretationJob, as_text(given)), (dictionaries(dictionary), pairs(store))
-    files = reward_file, llm_path, llm_answers
-    build_interpretation(entry, out, work, comparison, *both, base, tuned, tuned_weights, corpus, *files)
+    files = Files(reward_file, llm_path, llm_answers, triples)
+    build_interpretation(entry, out, work, comparison, *both, base, tuned, tuned_weights, corpus, files)
 
 
 @app.command()

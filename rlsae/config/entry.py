@@ -45,4 +45,5 @@ class Entry(BaseModel):
 
     def settings(self) -> dict[str, Any]:
         """What shapes the artifact, as plain JSON values: every field but the paths of this machine."""
-        return self.model_dump(mode="json", exclude=set(self.marked("file")))
+        plain = self.model_dump(mode="json", exclude=set(self.marked("file")))
+        return plain | {name: getattr(self, name).settings() for name in plain if isinstance(getattr(self, name), Entry)}

@@ -17,7 +17,7 @@ class Probes(Entry):
     split_targets: Literal["average", "drop"] = Field(
         "average", description="A word of several tokens: average the activations at them, or leave its triple out."
     )
-    file: Annotated[str | None, IS_PATH] = Field(
+    path: Annotated[str | None, IS_PATH] = Field(
         None,
         description="Triples of your own, one JSON object with context, positive, negative and neutral per line (.jsonl or "
         ".jsonl.gz); null: they are built from held-out documents and the lexicon of the reward.",

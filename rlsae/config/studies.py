@@ -18,6 +18,7 @@ from rlsae.config.entry import (
     TuningOrCheckpoint,
 )
 from rlsae.config.llm import AnyLlm
+from rlsae.config.probes import Probes
 
 
 class Activation(Entry):
@@ -122,6 +123,7 @@ class Interpretation(Entry):
     interventions: Interventions | None = Field(
         Interventions(), description="Latents changed while the models generate; null: none."
     )
+    probes: Probes | None = Field(Probes(), description="Linear probes of the latents for the reward of words; null: none.")
     task: str = Field("sentiment", description="What the feedback is about, for the question that a language model is asked.")
 
 
@@ -129,9 +131,6 @@ class InterpretationJob(Interpretation):
     """An interpretation with the language model that the study names."""
 
     llm: AnyLlm | None = None
-
-    def settings(self) -> dict[str, Any]:
-        return super().settings() | {"llm": self.llm.settings() if self.llm else None}
 
 
 class Study(Entry):

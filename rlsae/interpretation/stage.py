@@ -33,6 +33,7 @@ from rlsae.interpretation.llm.client import Client
 from rlsae.interpretation.map_directions import COLUMNS as DIRECTION_COLUMNS
 from rlsae.interpretation.map_directions import document_rewards, map_directions
 from rlsae.interpretation.positions import Vocabulary
+from rlsae.interpretation.probes.tables import ProbeTables, build_probes
 from rlsae.interpretation.reward_gradient import Rewarded, reward_gradients
 from rlsae.interpretation.reward_link import document_sums, reward_links
 from rlsae.interpretation.selection import listed_latents, select
@@ -84,29 +85,39 @@ class Subject:
         return str(self.stores["base"].group.attrs["hook"])
 
 
+@dataclass(frozen=True)
+class Files:
+    """Files and folders of the user, where there are any."""
+
+    reward: Path | None = None
+    llm: Path | None = None
+    llm_answers: Path | None = None
+    """Folder that keeps the answers of a language model for a rerun."""
+    triples: Path | None = None
+
+
 def build_interpretation(
     entry: InterpretationJob, out: Path, work: Path | None, comparison: Path,
     dictionaries: dict[tuple[str, int, str], Path], stores: dict[str, Path], base: Path, tuned: Path, tuned_weights: Path,
-    corpus: Path, reward_file: Path | None, llm_path: Path | None = None, llm_answers: Path | None = None,
+    corpus: Path, files: Files,
 ) -> None:  # fmt: skip
     """Interpret the dictionaries of a study, the first seed of each.
 
     Args:
         comparison: its artifact, for tags and the shared map; dictionaries, stores: as there.
         base, tuned: artifacts of the policies; tuned_weights: transformers folder of the one that is studied.
-        corpus: corpus artifact of the tuning's prompts; reward_file: file or folder of its reward, where it has one.
-        llm_path: folder of the language model, where it has one; llm_answers: folder that keeps its answers for a rerun.
+        corpus: corpus artifact of the tuning's prompts.
     """
     inputs = {"comparison": comparison, "base": base, "tuned": tuned, "corpus": corpus}
     inputs |= {f"{role} activations": path for role, path in stores.items()}
     inputs |= {f"{role} layer {layer} {name}": path for (role, layer, name), path in dictionaries.items()}
-    inputs |= {"reward": reward_file} if reward_file else {}
-    inputs |= {"llm": llm_path} if llm_path else {}
+    named = {"reward": files.reward, "llm": files.llm, "triples": files.triples}
+    inputs |= {label: path for label, path in named.items() if path}
     with Stage("interpretation", out, entry.settings(), inputs, work) as stage:
         where = device()
         base_model, tokenizer = load(base / "model", where)
         models = {"base": base_model, "tuned": load(tuned_weights, where)[0]}
-        tuning, reward = judged_by(tuned, reward_file)
+        tuning, reward = judged_by(tuned, files.reward)
         subject = _subject(models, tokenizer, stores, pd.read_parquet(comparison / "levels.parquet"), reward, where)
         table = pd.read_parquet(comparison / "latents.parquet")
         saes = {key: load_first(folder, where) for key, folder in dictionaries.items()}
@@ -114,7 +125,7 @@ def build_interpretation(
         if entry.interventions:
             training = FixedPrompts.draw(corpus, tokenizer, base_model, tuning, reward, GRADIENT_PROMPTS, held_out=False)
             gradients = _gradients(subject, saes, training)
-        client = open_client(entry.llm, llm_answers or out.parent / LLM_ANSWERS) if entry.llm else None
+        client = open_client(entry.llm, files.llm_answers or out.parent / LLM_ANSWERS) if entry.llm else None
         found, links, members = _explain(entry, subject, table, saes, gradients, client, where)
         effects = Tables.empty()
         if entry.interventions:
@@ -133,9 +144,16 @@ def build_interpretation(
             "steering": effects.steering,
             "transplants": effects.transplants,
         }
+        probed = _probe(entry, subject, saes, links, corpus, files.triples) if entry.probes else ProbeTables.empty()
+        tables |= {
+            "probe_triples": probed.triples,
+            "probes": probed.probes,
+            "probe_predictions": probed.predictions,
+            "probe_overlap": probed.overlap,
+        }
         for name, of_name in tables.items():
             of_name.to_parquet(stage.staging / f"{name}.parquet", index=False)
-        summary = summarise(tables)
+        summary = summarise(tables) | probed.metrics
         (stage.staging / "summary.json").write_text(json.dumps(summary, indent=2))
         stage.publish({key: value for key, value in summary.items() if not isinstance(value, Mapping)})
 
@@ -165,9 +183,10 @@ def _explain(
     where: torch.device,
 ) -> tuple[Findings, pd.DataFrame, list[Member]]:
     """Rows of the tables of explained latents, the link of every latent to the reward, the dictionaries' first seeds."""
-    polarity = subject.reward.polarity if isinstance(subject.reward, Lexicon) else vader_lexicon()
     store = subject.stores["base"]
-    vocabulary = Vocabulary(subject.tokenizer, subject.models["base"].get_input_embeddings().weight.shape[0], polarity)
+    vocabulary = Vocabulary(
+        subject.tokenizer, subject.models["base"].get_input_embeddings().weight.shape[0], polarity_of(subject.reward)
+    )
     text = Text.of(store, entry.window, vocabulary)
     training_T = ~np.asarray(store.held_out, bool) & (np.diff(store.start) > 0)
     listed = listed_latents(entry.listed, [f"{layer}/{name}" for _, layer, name in saes])
@@ -205,6 +224,43 @@ def task_answers(client: Client, found: Findings, task: str) -> list[str]:
     """Of each explained latent, whether the language model finds its explanation related to the task: 1, 0, or a status."""
     said = {tuple(row[k] for k in KEY): row["explanation"] for row in found.explanations if row["explainer"] == LLM}
     return [str(related(client, said[tuple(row[k] for k in KEY)], task)) for row in found.latents]
+
+
+def _probe(
+    entry: InterpretationJob,
+    subject: Subject,
+    saes: dict[Key, tuple[int, SparseAutoencoder]],
+    links: pd.DataFrame,
+    corpus: Path,
+    triples: Path | None,
+) -> ProbeTables:
+    """Probes of each layer's first dictionary, which is the paper's small one where it is named first."""
+    assert entry.probes
+    first: dict[tuple[str, int], tuple[str, SparseAutoencoder]] = {}
+    for (role, layer, name), (_, sae) in saes.items():
+        first.setdefault((role, layer), (name, sae))
+    tagged = {
+        layer: links.query("role == 'tuned' and layer == @layer and dictionary == @name").task_tagged.to_numpy(bool)
+        for (role, layer), (name, _) in first.items()
+        if role == "tuned"
+    }
+    return build_probes(
+        entry.probes,
+        corpus=corpus,
+        tokenizer=subject.tokenizer,
+        base=subject.models["base"],
+        tuned=subject.models["tuned"],
+        hook=subject.hook,
+        saes={place: sae for place, (_, sae) in first.items()},
+        polarity=polarity_of(subject.reward),
+        file=triples,
+        tagged=tagged,
+    )
+
+
+def polarity_of(reward: Reward) -> dict[str, float]:
+    """The lexicon of the reward, VADER's where it has none."""
+    return reward.polarity if isinstance(reward, Lexicon) else vader_lexicon()
 
 
 def _gradients(subject: Subject, saes: dict[Key, tuple[int, SparseAutoencoder]], prompts: FixedPrompts) -> dict[Key, Gradient]:

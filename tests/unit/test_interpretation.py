@@ -20,7 +20,7 @@ from rlsae.interpretation import examples as examples_module
 from rlsae.interpretation.examples import row_acts, top_windows
 from rlsae.interpretation.interventions import ablation, steering, transplant
 from rlsae.interpretation.selection import select
-from rlsae.interpretation.stage import EXAMPLE_COLUMNS, LATENT_COLUMNS, build_interpretation
+from rlsae.interpretation.stage import EXAMPLE_COLUMNS, LATENT_COLUMNS, Files, build_interpretation
 from rlsae.sae.dictionary import SparseAutoencoder
 
 LENGTHS = [8 + i % 9 for i in range(80)]
@@ -29,7 +29,7 @@ HELD_OUT = np.repeat(TOKENS.held_out, np.diff(TOKENS.start))
 ROWS = len(TOKENS.token)
 A, B, RARE = 21, 22, 300
 KEY = ["role", "layer", "dictionary", "seed", "latent"]
-SETTINGS = {"latents": 4, "examples": 5, "window": 6, "interventions": None}
+SETTINGS = {"latents": 4, "examples": 5, "window": 6, "interventions": None, "probes": None}
 
 
 WIDTH = 32
@@ -205,7 +205,9 @@ def interpret(policies, tmp_path):
         pd.DataFrame({"layer": [0], "rank": [0]}).to_parquet(comparison / "levels.parquet", index=False)
         out = results / "interpretation" / "main"
         entry = InterpretationJob(**SETTINGS | settings)
-        build_interpretation(entry, out, None, comparison, dictionaries, stores, *policies, None, None, tmp_path / "answers")
+        build_interpretation(
+            entry, out, None, comparison, dictionaries, stores, *policies, Files(llm_answers=tmp_path / "answers")
+        )
         return out
 
     return build

@@ -349,6 +349,10 @@ def llm_of_study(study):
     return CONFIG.llms.get(CONFIG.studies[study].llm)
 
 
+def probes_of_study(study):
+    return CONFIG.studies[study].interpretation.probes
+
+
 def divergence_sample(wildcards):
     entry = CONFIG.studies[wildcards.study]
     folders = {"tokens": f"results/tokens/{entry.model}.{entry.corpus}"}
@@ -365,6 +369,7 @@ def interpretation_policies(wildcards):
     folders |= {"corpus": f"results/corpora/{prompts_of(wildcards.study)}"}
     folders |= {"reward-file": getattr(reward_of_study(wildcards.study), "path", None)}
     folders |= {"llm-path": getattr(llm_of_study(wildcards.study), "path", None)}
+    folders |= {"triples": getattr(probes_of_study(wildcards.study), "path", None)}
     return " ".join(option(name, folder) for name, folder in folders.items())
 
 

@@ -11,6 +11,7 @@ rule interpret:
         corpus=lambda wildcards: corpus_files(prompts_of(wildcards.study)),
         reward=lambda wildcards: source_files(reward_of_study(wildcards.study)),
         llm=lambda wildcards: source_files(llm_of_study(wildcards.study)),
+        triples=lambda wildcards: source_files(probes_of_study(wildcards.study)),
     output:
         tables=expand(
             "results/interpretation/{{study}}/{table}.parquet",
@@ -23,6 +24,10 @@ rule interpret:
                 "ablations",
                 "steering",
                 "transplants",
+                "probe_triples",
+                "probes",
+                "probe_predictions",
+                "probe_overlap",
             ],
         ),
         summary="results/interpretation/{study}/summary.json",

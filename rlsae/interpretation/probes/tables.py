@@ -16,7 +16,7 @@ from rlsae.config.probes import Probes
 from rlsae.corpora import DOCUMENTS, PAIRS
 from rlsae.interpretation.probes.features import Features, all_features
 from rlsae.interpretation.probes.overlap import lift
-from rlsae.interpretation.probes.probe import COLUMNS, logistic_probes, ridge_probes
+from rlsae.interpretation.probes.probe import COLUMNS, PREDICTIONS, logistic_probes, ridge_probes
 from rlsae.interpretation.probes.spans import response_spans
 from rlsae.interpretation.probes.triple_file import read_triples
 from rlsae.interpretation.probes.triples import COLUMNS as TRIPLE_COLUMNS
@@ -24,6 +24,11 @@ from rlsae.interpretation.probes.triples import Triples, build_triples
 from rlsae.models import Hook, context_limit
 from rlsae.progress import say
 from rlsae.sae.dictionary import SparseAutoencoder
+
+OVERLAP = [
+    "layer", "by", "rows", "rows_high", "latents", "tagged", "share_tagged_high", "share_all_high", "share_tagged_low",
+    "share_all_low", "lift_high", "lift_low", "odds_ratio", "ci_low", "ci_high", "p", "p_fisher", "status",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,14 @@ class ProbeTables:
     metrics: dict[str, Any]
     """`probe_tau` of tuned_sae on the lexicon and `probe_tau_ci95`, None where nothing is scored; `probe_triples`,
     `probe_split_triples` (with a word of several tokens)."""
+
+    @classmethod
+    def empty(cls) -> ProbeTables:
+        """Of a study that wants no probes."""
+        triples, probes, predictions, overlap = (
+            pd.DataFrame(columns=columns) for columns in (TRIPLE_COLUMNS, COLUMNS, PREDICTIONS, OVERLAP)
+        )
+        return cls(triples, probes, predictions, overlap, {"probe_tau": None, "probe_tau_ci95": None})
 
 
 def build_probes(
@@ -82,7 +95,7 @@ def build_probes(
     if pairs is not None:
         held, spans = response_spans(tokenizer, pairs[pairs.held_out].head(entry.triples), limit)
         tables.append(logistic_probes(all_features(spans, *models) if spans else {}, held.prompt.tolist(), entry.seed))
-    overlap = _overlap(features, predictions, saes, tagged) if tagged and len(predictions) else pd.DataFrame()
+    overlap = _overlap(features, predictions, saes, tagged) if tagged and len(predictions) else pd.DataFrame(columns=OVERLAP)
     return ProbeTables(
         triples.table[TRIPLE_COLUMNS],
         pd.concat(tables, ignore_index=True)[COLUMNS],
