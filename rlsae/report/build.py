@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from rlsae.comparison.kinds import TAGS
 from rlsae.divergence.figures import TITLES, agreement_and_steps, charts
-from rlsae.report import cause_figures, change_figures, figures, findings, formatting
+from rlsae.report import cause_figures, change_figures, content, figures, findings, formatting
 from rlsae.report.content import (
     chain,
     changes,
@@ -113,6 +113,8 @@ def index(study: Study, digests: dict[str, str]) -> str:
         dose_response=cause_figures.dose_response(pd.read_parquet(study.interpretation / "steering.parquet")),
         transplants=cause_figures.transplant_rows(pd.read_parquet(study.interpretation / "transplants.parquet")),
         causes=findings.causes_sentence(study.manifests["interpretation"].metrics),
+        probes=content.probe_rows(pd.read_parquet(study.interpretation / "probes.parquet")),
+        probed=findings.probes_sentence(pd.read_parquet(study.interpretation / "probes.parquet")),
         scores=cause_figures.scores(json.loads((study.interpretation / "summary.json").read_text())),
         map_directions=records(pd.read_parquet(study.interpretation / "map_directions.parquet")),
         cosines=records(study.aggregates),

@@ -293,6 +293,36 @@ def largest_changes(latents: list[Latent], count: int) -> list[Latent]:
     return sorted(changed, key=lambda latent: (latent.row["replicated"] is not True, -latent.row["write_change"]))[:count]
 
 
+PROBED = {
+    "tuned_sae": "latents of the tuned model",
+    "base_sae": "latents of the base",
+    "tuned_raw": "rows of the tuned model",
+    "base_raw": "rows of the base",
+    "random_projection": "random projection of tuned rows",
+    "bag_of_words": "bag of words",
+    "shuffled": "latents, labels shuffled",
+}
+
+
+def probe_rows(probes: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row per feature set: τ-b with the lexicon's values, its interval and p, and the right signs of both kinds of words."""
+    found = scored_probes(probes)
+    rows = []
+    for features, name in PROBED.items():
+        if (features, "tau") in found:
+            tau = found[features, "tau"]
+            signs = [found[features, f"sign_accuracy_{side}"]["value"] for side in ("positive", "negative")]
+            ci95 = [tau["ci_low"], tau["ci_high"]]
+            rows.append({"name": name, "tau": tau["value"], "ci95": ci95, "p": tau["p"], "signs": signs})
+    return rows
+
+
+def scored_probes(probes: pd.DataFrame) -> dict[tuple[str, str], dict[str, Any]]:
+    """The scored rows of the probes for the lexicon's values, by features and metric."""
+    mine = probes[(probes.probe == "ridge") & (probes.target == "lexicon") & (probes.status == "scored")]
+    return {(row["features"], row["metric"]): row for row in records(mine)}
+
+
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table as plain values by column."""
     return [{str(column): value for column, value in row.items()} for row in table.to_dict("records")]

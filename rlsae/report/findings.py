@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from rlsae.divergence.figures import TITLES
-from rlsae.report.content import Changes
+from rlsae.report.content import Changes, scored_probes
 from rlsae.report.formatting import MISSING, alike, interval, listing, number, percent, spread
 
 CAUSAL = 0.95
@@ -134,6 +134,25 @@ def latents_sentence(metrics: dict[str, Any]) -> str:
         return text + "none of these explanations could be scored on held-out documents."
     auc = number(metrics["detection_auc"])
     return text + f"on held-out documents these explanations reach a mean detection AUC of {auc} (0.5 is chance)."
+
+
+def probes_sentence(probes: pd.DataFrame) -> str:
+    """Whether latents predict the reward of words, and better than what they are made from."""
+    found = scored_probes(probes)
+    if ("tuned_sae", "tau") not in found:
+        return (
+            "No probe could be scored: "
+            + (listing(sorted(set(probes.status))) if len(probes) else "the study wants none")
+            + "."
+        )
+    tau = found.loc[("tuned_sae", "tau")]
+    text = f"A linear probe of the tuned model's latents ranks held-out words with a τ of {number(tau.value)} "
+    text += f"(95 % interval {interval([tau.ci_low, tau.ci_high])})"
+    for features, name in (("tuned_raw", "its rows themselves"), ("bag_of_words", "a bag of words")):
+        gain = found[f"tuned_sae - {features}", "tau_difference"]
+        verdict = "better than" if gain["ci_low"] > 0 else "worse than" if gain["ci_high"] < 0 else "not told apart from"
+        text += f", {verdict} {name} ({number(gain['value'])}, {interval([gain['ci_low'], gain['ci_high']])})"
+    return text + "."
 
 
 def causes_sentence(metrics: dict[str, Any]) -> str:

@@ -48,6 +48,18 @@ DOSE |= {"reward_low": 1.6, "reward_high": 1.8}
 TRANSPLANT = {"layer": 1, "dictionary": "small", "level": "map", "latents": 0, "reward": 0.4, "share": 0.21}
 TRANSPLANT |= {"share_low": 0.17, "share_high": 0.26, "kl": 0.5}
 CAUSED = {"ablation_set": "layer 1, small, reward", "ablation_reward_change": -0.41, "ablation_random_quantile": 0.97}
+PROBE = {"probe": "ridge", "target": "lexicon", "metric": "tau", "p": 0.005, "status": "scored"}
+PROBES = [
+    PROBE | {"features": features, "metric": metric, "value": value, "ci_low": value - 0.1, "ci_high": value + 0.1}
+    for features, metric, value in [
+        ("tuned_sae", "tau", 0.3),
+        ("tuned_sae", "sign_accuracy_positive", 0.8),
+        ("tuned_sae", "sign_accuracy_negative", 0.6),
+        ("tuned_sae - tuned_raw", "tau_difference", -0.2),
+        ("tuned_sae - bag_of_words", "tau_difference", 0.25),
+    ]
+]
+NO_PROBE = PROBE | {"features": "tuned_sae", "value": np.nan, "ci_low": np.nan, "ci_high": np.nan, "status": "too few triples"}
 SCORE = {"mean": 0.9, "ci95": [0.87, 0.93], "latents": 4}
 SUMMARY = {"scores": {"ensemble detection": SCORE}, "other_latents_explanation": {}, "shuffled_activations": {}}
 EVIL = "<script>alert('x')</script> & \"quoted\""
@@ -202,6 +214,7 @@ def report(tmp_path_factory):
                     "examples.parquet": [{**key, **window, "rank": 0} for key in keys],
                     "summary.json": SUMMARY if keys else {name: {} for name in SUMMARY},
                     "ablations.parquet": [ABLATION] if keys else [],
+                    "probes.parquet": PROBES if keys else [NO_PROBE],
                     "steering.parquet": [DOSE] if keys else pd.DataFrame(columns=list(DOSE)),
                     "transplants.parquet": [TRANSPLANT] if keys else pd.DataFrame(columns=list(TRANSPLANT)),
                     "map_directions.parquet": [DIRECTION | {"raises": f"‹ {evil}›"}] if keys else [],
@@ -430,6 +443,15 @@ def test_a_study_without_explained_latents_or_a_map_says_so(report):
     assert "No explained latent is tagged." in text
     assert "No layer has one" in text
     assert "No latents were changed while the models wrote." in section(empty, "causes")
+    assert "No probe could be scored: too few triples." in section(empty, "probes")
+
+
+def test_the_probe_is_told_beside_what_it_must_beat(plain):
+    text = section(pages(plain)["index.html"], "probes")
+    assert "ranks held-out words with a τ of 0.300 (95 % interval 0.200 to 0.400)" in text
+    assert "worse than its rows themselves" in text
+    assert "better than a bag of words" in text
+    assert re.search(r"latents of the tuned model</td>.*?0.300.*?80 %.*?60 %", text, re.DOTALL)
 
 
 def test_a_transplant_is_told_as_a_share_of_the_gain(plain):
