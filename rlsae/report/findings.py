@@ -140,14 +140,11 @@ def probes_sentence(probes: pd.DataFrame) -> str:
     """Whether latents predict the reward of words, and better than what they are made from."""
     found = scored_probes(probes)
     if ("tuned_sae", "tau") not in found:
-        return (
-            "No probe could be scored: "
-            + (listing(sorted(set(probes.status))) if len(probes) else "the study wants none")
-            + "."
-        )
-    tau = found.loc[("tuned_sae", "tau")]
-    text = f"A linear probe of the tuned model's latents ranks held-out words with a τ of {number(tau.value)} "
-    text += f"(95 % interval {interval([tau.ci_low, tau.ci_high])})"
+        why = listing(sorted(set(probes.status))) if len(probes) else "the study wants none"
+        return f"No probe could be scored: {why}."
+    tau = found["tuned_sae", "tau"]
+    text = f"A linear probe of the tuned model's latents ranks held-out words with a τ of {number(tau['value'])} "
+    text += f"(95 % interval {interval([tau['ci_low'], tau['ci_high']])})"
     for features, name in (("tuned_raw", "its rows themselves"), ("bag_of_words", "a bag of words")):
         gain = found[f"tuned_sae - {features}", "tau_difference"]
         verdict = "better than" if gain["ci_low"] > 0 else "worse than" if gain["ci_high"] < 0 else "not told apart from"
