@@ -161,6 +161,26 @@ def test_too_few_words_and_equal_labels_are_rows_with_a_status():
     assert value(equal, target="distance").status == "predictions or labels are all equal"
 
 
+def test_triples_that_share_a_word_leave_no_other_words_to_train_on():
+    table, rows = planted()
+    found, predictions = ridge_probes({"tuned_sae": rows}, table.assign(positive="good", polarity_positive=2.0))
+    assert found.status.str.startswith("a few words stand in nearly all triples").tolist() == [True]
+    assert predictions.empty
+
+
+def test_a_fold_within_a_training_fold_may_leave_nothing_to_train_on():
+    """One word stands in half of the triples, another one in the others: without the first's, all share the second."""
+    hubs = ["good", "nice"] * 12
+    names = [name for n, hub in enumerate(hubs) for name in (hub, letters(n))]
+    blocks = np.arange(len(names)) // 2
+    left = [{names[row] for row in train} & set(hubs) for train, _ in ridge.folds(names, blocks, seed=2)]
+    assert {"good"} in left
+    assert {"nice"} in left
+    rows = np.random.default_rng(0).normal(size=(len(names), 3))
+    predicted = ridge.held_out_predictions(rows, 3 * rows[:, :1], names, blocks, seed=2)
+    assert np.corrcoef(predicted[:, 0], rows[:, 0])[0, 1] > 0.9
+
+
 def test_bootstrap_scores_are_those_of_the_resampled_rows():
     rng = np.random.default_rng(0)
     x, y = rng.integers(8, size=50).astype(float), rng.integers(5, size=50).astype(float)

@@ -1,4 +1,4 @@
-"""Are the latents that changed active where the reward is high? (arXiv 2310.08164 table 7.) Shapes: R rows, F latents."""
+"""Are tagged latents active where the reward is high? (arXiv 2310.08164 table 7.) Shapes: R rows, F latents."""
 
 from __future__ import annotations
 

@@ -71,8 +71,11 @@ def ridge_probes(features: Features, triples: pd.DataFrame, seed: int = 0) -> tu
     if groups < MIN_WORDS:
         why = f"{len(triples)} triples with {groups} different words; a probe needs {MIN_WORDS}"
         return _unscored("ridge", "lexicon", len(words), groups, why), pd.DataFrame(columns=PREDICTIONS)
-    polarity_N = triples[["polarity_positive", "polarity_negative"]].to_numpy(float).ravel()
     triple_N = np.repeat(triples.triple.to_numpy(np.int64), 2)
+    if min(len({names[n] for n in train}) for train, _ in folds(names, triple_N, seed)) < 2:
+        why = "a few words stand in nearly all triples: without their triples, no words are left to train on"
+        return _unscored("ridge", "lexicon", len(words), groups, why), pd.DataFrame(columns=PREDICTIONS)
+    polarity_N = triples[["polarity_positive", "polarity_negative"]].to_numpy(float).ravel()
     exchanged_PN = exchanges(names, PERMUTATIONS + 1, seed)
     units = Groups.of(names, seed)
     rows: list[dict[str, Any]] = []

@@ -17,37 +17,39 @@ from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold
 
 Array = NDArray[np.float64]
-ALPHAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Penalties, in units of the number of features."""
+ALPHAS = (100.0, 10.0, 1.0, 1e-1, 1e-2, 1e-3)
+"""Penalties, in units of the number of features; of equally good ones the first is taken."""
 FOLDS = 5
 INNER_FOLDS = 4
 
 
 def folds(
-    groups_N: Sequence[str], blocks_N: NDArray[np.int64], seed: int
+    groups_N: Sequence[str], blocks_N: NDArray[np.int64], seed: int, splits: int = FOLDS
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Training and test rows: every row is tested once, and no group is on both sides.
 
     Rows of a test row's block (the same context with another word) do not train either: what they share with it says only
-    that its label is another one.
+    that its label is another one. Where each block has a row of one group, nothing is left to train on.
     """
-    splits = min(FOLDS, len(set(groups_N)))
     rows = np.arange(len(groups_N))
-    for train, test in GroupKFold(splits, shuffle=True, random_state=seed).split(rows, groups=groups_N):
+    split = GroupKFold(min(splits, len(set(groups_N))), shuffle=True, random_state=seed)
+    for train, test in split.split(rows, groups=groups_N):
         yield train[~np.isin(blocks_N[train], blocks_N[test])], test
 
 
 def held_out_predictions(
     features_NF: NDArray[np.floating], labels_NP: Array, groups_N: Sequence[str], blocks_N: NDArray[np.int64], seed: int = 0
 ) -> Array:
-    """A prediction of every row from rows of other groups and blocks [N, P]; each labelling has its α, by inner folds."""
+    """A prediction of every row from rows of other groups and blocks [N, P]; each labelling has its α, by inner folds.
+
+    Every one of `folds` must leave rows of two groups to train on.
+    """
     names = np.asarray(groups_N)
     predicted = np.empty_like(labels_NP)
     for train, test in folds(groups_N, blocks_N, seed):
         kernel = _products(features_NF, train)
         errors = np.zeros((len(ALPHAS), labels_NP.shape[1]))
-        splits = min(INNER_FOLDS, len(set(names[train])))
-        for inner, outer in GroupKFold(splits, shuffle=True, random_state=seed).split(train, groups=names[train]):
+        for inner, outer in folds(names[train].tolist(), blocks_N[train], seed, INNER_FOLDS):
             fitted, held = train[inner], train[outer]
             for number, guess in enumerate(_solve(kernel, labels_NP, fitted, held)):
                 errors[number] += ((guess - labels_NP[held]) ** 2).sum(0)

@@ -75,7 +75,7 @@ def build_probes(
         saes: dictionaries by role and layer, both roles of each layer.
         polarity: the lexicon of the reward, lower-cased words.
         file: triples of one's own.
-        tagged: which latents of the tuned dictionary changed [F], by layer, for `overlap`.
+        tagged: which latents of the tuned dictionary are held to be about the reward [F], by layer, for `overlap`.
 
     Raises:
         RlsaeError: the file of triples is at fault. A corpus that gives too few is a row with its status.

@@ -20,7 +20,7 @@ NEIGHBOURS = 150
 CANDIDATES = 4000
 """Most frequent words that are not in the lexicon, among which neutral words are."""
 FUNCTION_WORDS = 100
-"""Most frequent words, which are no neutral words."""
+"""Most frequent words, at most a quarter of all, which are no neutral words."""
 SENTENCE_START = ""
 RARE = 5
 """Neighbours added to those of each word: a word seen once would otherwise be used exactly like another one."""
@@ -50,7 +50,8 @@ class Wording:
         sentences = [words_of(text) for text in texts]
         count = Counter(word for sentence in sentences for word in sentence if word)
         frequent = [word for word, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))]
-        neutral = [word for word in frequent[FUNCTION_WORDS:] if word not in lexicon and len(word) > 2 and "'" not in word]
+        content = frequent[min(FUNCTION_WORDS, len(frequent) // 4) :]
+        neutral = [word for word in content if word not in lexicon and len(word) > 2 and "'" not in word]
         row = {word: place for place, word in enumerate(sorted(words & count.keys()) + neutral[:CANDIDATES])}
         neighbour = {word: place for place, word in enumerate([SENTENCE_START, *frequent[:NEIGHBOURS]])}
         use_WN = np.zeros((len(row), 2 * len(neighbour)), np.float32)
