@@ -112,7 +112,7 @@ def index(study: Study, digests: dict[str, str]) -> str:
         ablation_sets=cause_figures.SETS,
         dose_response=cause_figures.dose_response(pd.read_parquet(study.interpretation / "steering.parquet")),
         transplants=cause_figures.transplant_rows(pd.read_parquet(study.interpretation / "transplants.parquet")),
-        causes=findings.causes_sentence(study.manifests["interpretation"].metrics),
+        causes=findings.causes_sentence(pd.read_parquet(study.interpretation / "ablations.parquet")),
         probes=content.probe_rows(pd.read_parquet(study.interpretation / "probes.parquet")),
         probed=findings.probes_sentence(pd.read_parquet(study.interpretation / "probes.parquet")),
         scores=cause_figures.scores(json.loads((study.interpretation / "summary.json").read_text())),

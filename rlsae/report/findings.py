@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from rlsae.divergence.figures import TITLES
-from rlsae.report.content import Changes, scored_probes
+from rlsae.report.content import Changes, records, scored_probes
 from rlsae.report.formatting import MISSING, alike, interval, listing, number, percent, spread
 
 CAUSAL = 0.95
@@ -152,15 +152,24 @@ def probes_sentence(probes: pd.DataFrame) -> str:
     return text + "."
 
 
-def causes_sentence(metrics: dict[str, Any]) -> str:
-    """Whether some set of latents carries the reward, beside random sets as dense."""
-    if metrics.get("ablation_set") is None:
-        return "No latents were changed while the models wrote."
-    share, change = metrics["ablation_random_quantile"], number(metrics["ablation_reward_change"])
-    what = f"the set whose loss costs most ({metrics['ablation_set']} latents: {change} of reward)"
-    if share >= CAUSAL:
-        return f"Latents carry the reward: {what} costs more than {percent(share)} of random sets as dense."
-    return f"No set of latents was found to carry the reward: {what} outdoes {percent(share)} of random sets as dense."
+def causes_sentence(ablations: pd.DataFrame) -> str:
+    """Whether the latents that raise the reward carry it, beside random sets as dense, and whether the tagged ones do."""
+    rows = [row for row in records(ablations) if row["policy"] == "tuned"]
+    if not rows:
+        return "No latents were changed while the tuned model wrote."
+    told = []
+    for name, who in (("reward", "the latents that raise the reward most"), ("tagged", "the tagged latents")):
+        mine = [row for row in rows if row["set"] == name]
+        if mine:
+            carry = [row for row in mine if row["random_quantile"] >= CAUSAL and row["ci_high"] < 0]
+            changes = spread(pd.Series([row["reward_change"] for row in mine]))
+            told.append(
+                f"{who} carry it in {len(carry)} of {len(mine)} dictionaries ({changes} of {number(mine[0]['reward'])})"
+            )
+    return (
+        "Taken away while the tuned model writes, " + ", ".join(told) + ". "
+        "Latents carry the reward where it falls for certain, and by more than without 95 % of random sets as dense."
+    )
 
 
 def _column(wide: pd.DataFrame, field: str, measure: str) -> pd.Series:

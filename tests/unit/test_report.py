@@ -47,7 +47,6 @@ DOSE = {"policy": "tuned", "layer": 1, "dictionary": "small", "set": "reward", "
 DOSE |= {"reward_low": 1.6, "reward_high": 1.8}
 TRANSPLANT = {"layer": 1, "dictionary": "small", "level": "map", "latents": 0, "reward": 0.4, "share": 0.21}
 TRANSPLANT |= {"share_low": 0.17, "share_high": 0.26, "kl": 0.5}
-CAUSED = {"ablation_set": "layer 1, small, reward", "ablation_reward_change": -0.41, "ablation_random_quantile": 0.97}
 PROBE = {"probe": "ridge", "target": "lexicon", "metric": "tau", "p": 0.005, "status": "scored"}
 PROBES = [
     PROBE | {"features": features, "metric": metric, "value": value, "ci_low": value - 0.1, "ci_high": value + 0.1}
@@ -207,13 +206,13 @@ def report(tmp_path_factory):
             ),
             interpretation=artifact(
                 results / "interpretation" / "demo",
-                {"latents_explained": len(keys), "detection_auc": 0.9 if keys else None} | (CAUSED if keys else {}),
+                {"latents_explained": len(keys), "detection_auc": 0.9 if keys else None},
                 {},
                 {
                     "latents.parquet": [key | row for key, row in zip(keys, told, strict=True)],
                     "examples.parquet": [{**key, **window, "rank": 0} for key in keys],
                     "summary.json": SUMMARY if keys else {name: {} for name in SUMMARY},
-                    "ablations.parquet": [ABLATION] if keys else [],
+                    "ablations.parquet": [ABLATION] if keys else pd.DataFrame(columns=list(ABLATION)),
                     "probes.parquet": PROBES if keys else [NO_PROBE],
                     "steering.parquet": [DOSE] if keys else pd.DataFrame(columns=list(DOSE)),
                     "transplants.parquet": [TRANSPLANT] if keys else pd.DataFrame(columns=list(TRANSPLANT)),
@@ -433,7 +432,7 @@ def test_the_directions_of_the_shared_map_are_told_with_their_reward(plain):
 
 def test_what_ablation_costs_stands_beside_what_random_sets_cost(plain):
     text = section(pages(plain)["index.html"], "causes")
-    assert "Latents carry the reward: the set whose loss costs most (layer 1, small, reward latents: −0.410 of reward)" in text
+    assert "the latents that raise the reward most carry it in 1 of 1 dictionaries (−0.410 of 1.50)" in text
     assert re.search(r"−0.410 <small>−0.520 to −0.310</small>.*?−0.0200.*?97 %", text, re.DOTALL)
 
 
@@ -442,7 +441,7 @@ def test_a_study_without_explained_latents_or_a_map_says_so(report):
     text = section(empty, "changes")
     assert "No explained latent is tagged." in text
     assert "No layer has one" in text
-    assert "No latents were changed while the models wrote." in section(empty, "causes")
+    assert "No latents were changed while the tuned model wrote." in section(empty, "causes")
     assert "No probe could be scored: too few triples." in section(empty, "probes")
 
 

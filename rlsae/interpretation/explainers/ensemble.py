@@ -11,6 +11,8 @@ from rlsae.interpretation.evidence import Evidence
 from rlsae.interpretation.explanation import Explanation
 from rlsae.interpretation.windows import Window
 
+ALIKE = ("tokens", "ngram")
+"""Explainers that name the same tokens: the better one speaks."""
 NAMED = 0.25
 """Share of the largest weight from which an explainer's words are taken over."""
 
@@ -37,5 +39,7 @@ def combine(explanations: Mapping[str, Explanation], evidence: Evidence) -> Expl
         return sum(weight * able[name].predict(window) / scales[name] for name, weight in weights.items())  # type: ignore
 
     ranked = sorted(weights, key=weights.__getitem__, reverse=True)
-    texts = [able[name].text for name in ranked if weights[name] >= NAMED * weights[ranked[0]]]
-    return Explanation("; ".join(texts), predict=predict)
+    spoken = [name for name in ranked if weights[name] >= NAMED * weights[ranked[0]]]
+    for other in [name for name in spoken if name in ALIKE][1:]:
+        spoken.remove(other)
+    return Explanation("; ".join(able[name].text for name in spoken), predict=predict)
