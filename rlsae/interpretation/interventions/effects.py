@@ -20,6 +20,9 @@ from rlsae.tuning.evaluate import distinct_bigrams
 from rlsae.tuning.fixed_prompts import RESPONSES, FixedPrompts
 from rlsae.tuning.rollout import next_token_logp, taken
 
+SCORED = 128
+"""Responses whose log-probabilities over the whole vocabulary are held at once."""
+
 Treatment = Callable[[Tensor], Tensor]
 """What becomes of a module's output acts_BTD, whose rows are equal blocks, one for each edit."""
 
@@ -79,21 +82,24 @@ def effects(
     """The same with all that else is measured."""
     shape = edits, len(prompts.queries)
     found = Effects(np.empty(shape), np.empty(shape), np.empty(shape), np.empty(shape, np.int64), [[] for _ in range(edits)])
-    for edit in range(edits):
-        treatment = treat(slice(edit, edit + 1))
+    together = max(1, SCORED // len(prompts.queries))
+    for first in range(0, edits, together):
+        some = slice(first, min(first + together, edits))
+        copies, treatment = some.stop - some.start, treat(some)
         with replace_output(place.model, place.layer, place.hook, treatment):
-            answers = list(prompts.responses(place.model))
+            answers = list(prompts.responses(place.model, copies))
         for rows, rollout in answers:
             with replace_output(place.model, place.layer, place.hook, treatment):
                 edited_BRV = next_token_logp(place.model, rollout)
             plain_BRV = next_token_logp(place.model, rollout)
             base_BRV = plain_BRV if base is place.model else next_token_logp(base, rollout)
             kl_BR = (edited_BRV.exp() * (edited_BRV - plain_BRV)).sum(-1) * rollout.response_mask_BR
-            found.reward_EN[edit, rows] = prompts.reward(rollout.prompts, rollout.responses)
-            found.kl_EN[edit, rows] = kl_BR.sum(1).cpu()
-            found.nll_EN[edit, rows] = -taken(base_BRV, rollout).sum(1).cpu()
-            found.tokens_EN[edit, rows] = rollout.lengths_B.cpu()
-            found.texts[edit] += rollout.responses
+            found.reward_EN[some, rows] = np.reshape(prompts.reward(rollout.prompts, rollout.responses), (copies, -1))
+            found.kl_EN[some, rows] = kl_BR.sum(1).view(copies, -1).cpu()
+            found.nll_EN[some, rows] = -taken(base_BRV, rollout).sum(1).view(copies, -1).cpu()
+            found.tokens_EN[some, rows] = rollout.lengths_B.view(copies, -1).cpu()
+            for edit, texts in enumerate(np.array_split(rollout.responses, copies), first):
+                found.texts[edit] += texts.tolist()
     return found
 
 
