@@ -71,6 +71,7 @@ def index(study: Study, digests: dict[str, str]) -> str:
     explained, changed = latents(study), changes(study)
     compared = pd.read_parquet(study.comparison / "latents.parquet")
     levels = pd.read_parquet(study.comparison / "levels.parquet")
+    causes = findings.causes_sentence(pd.read_parquet(study.interpretation / "ablations.parquet"))
     return render(
         "index.html.j2",
         study=study,
@@ -81,6 +82,7 @@ def index(study: Study, digests: dict[str, str]) -> str:
             findings.hacking_sentence(tuned.metrics),
             findings.layers_sentence(chosen, layers.layer.nunique()),
             findings.changes_sentence(changed),
+            causes,
             findings.cosine_sentences(study.aggregates),
             findings.latents_sentence(study.manifests["interpretation"].metrics),
         ],
@@ -112,7 +114,7 @@ def index(study: Study, digests: dict[str, str]) -> str:
         ablation_sets=cause_figures.SETS,
         dose_response=cause_figures.dose_response(pd.read_parquet(study.interpretation / "steering.parquet")),
         transplants=cause_figures.transplant_rows(pd.read_parquet(study.interpretation / "transplants.parquet")),
-        causes=findings.causes_sentence(pd.read_parquet(study.interpretation / "ablations.parquet")),
+        causes=causes,
         probes=content.probe_rows(pd.read_parquet(study.interpretation / "probes.parquet")),
         probed=findings.probes_sentence(pd.read_parquet(study.interpretation / "probes.parquet")),
         scores=cause_figures.scores(json.loads((study.interpretation / "summary.json").read_text())),

@@ -47,7 +47,16 @@ def test_the_dictionaries_reconstruct_held_out_rows(demo):
 
 def test_explanations_tell_firing_rows_from_others_on_held_out_documents(demo):
     latents = pd.read_parquet(demo / "results/interpretation/demo/latents.parquet")
+    assert latents.detection_auc.notna().sum() >= 100
     assert latents.detection_auc.mean() > 0.7
+
+
+def test_the_latents_that_raise_the_reward_carry_it(demo):
+    ablations = pd.read_parquet(demo / "results/interpretation/demo/ablations.parquet")
+    reward = ablations[(ablations.policy == "tuned") & (ablations.set == "reward")]
+    assert len(reward) == 4
+    assert (reward.reward_change < 0).all()
+    assert (reward.random_quantile >= 0.95).sum() >= 3
 
 
 def test_everything_is_current_and_a_second_run_does_nothing(demo):
