@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -102,6 +103,17 @@ def scored_texts(prompts: Sequence[str], responses: Sequence[str], scope: Scope)
     if scope == "response":
         return list(responses)
     return [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def word_rewards(reward: Reward, prompt: str, response: str) -> tuple[list[str], list[float]]:
+    """The words of a response, each with the space before it, and what each adds to the reward of the text up to it.
+
+    The numbers add up to the reward of the response less that of an empty one.
+    """
+    words = re.findall(r"\s*\S+|\s+$", response)
+    texts = ["", *itertools.accumulate(words)]
+    rewards = reward([prompt] * len(texts), texts)
+    return words, [after - before for before, after in itertools.pairwise(rewards)]
 
 
 def load_reward(entry: AnyReward, path: Path | None = None) -> Reward:

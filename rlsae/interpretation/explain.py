@@ -19,6 +19,7 @@ from rlsae.interpretation.examples import top_windows
 from rlsae.interpretation.explainers import EXPLAINERS
 from rlsae.interpretation.explainers.ensemble import combine
 from rlsae.interpretation.explanation import Explainer, Explanation, Judge, Score
+from rlsae.interpretation.failures import failures
 from rlsae.interpretation.judges import JUDGES, judged
 from rlsae.interpretation.labels import Kind, Labelled, kinds_of
 from rlsae.interpretation.logit_lens import raised_and_lowered
@@ -32,6 +33,8 @@ MAX_ROWS = 1 << 18
 SHUFFLED = 3
 """Latents per dictionary that are explained once more with their activations shuffled among rows."""
 ENSEMBLE = "ensemble"
+BINS = 30
+"""Of the histogram of a latent's activations, from 0 to its largest."""
 FROM_SELECTION = ["latent", "selected_for", "reward_correlation", "reward_gradient", "task_tagged", "task_effect"]
 
 
@@ -91,6 +94,7 @@ class Findings:
     latents: list[dict[str, Any]] = field(default_factory=list)
     explanations: list[dict[str, Any]] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,11 @@ def explain_dictionary(
                 "status": scores[ENSEMBLE, "detection"].status,
                 "raises": text.vocabulary.named(raised_SK[s]),
                 "lowers": text.vocabulary.named(lowered_SK[s]),
+                "histogram": np.histogram(acts_N[acts_N > 0], BINS, (0, acts_N.max(initial=0) or 1))[0].tolist(),
             }
         )
         found.examples += examples({**key, "latent": row["latent"]}, sae, acts_N, own, other, text, settings)
+        found.failures += ({**key, "latent": row["latent"], **failure} for failure in failures(explanations, *windows))
     for s, row in enumerate(selection.to_dict("records")):
         if len(said) > 1:
             _judge(found, {**key, "latent": row["latent"]}, said[s - 1], held_out[s], settings, control="other_latent")

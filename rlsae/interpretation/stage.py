@@ -1,9 +1,10 @@
 """Stage `interpretation`: what latents mean, whether they have to do with the feedback, and whether they cause the behaviour.
 
 `latents.parquet` has a row per explained latent, `explanations.parquet` one per latent × explainer × judge × control,
-`examples.parquet` one per window, `reward_links.parquet` one per latent of a dictionary; `map_directions.parquet` tells what
-the map that all latents share writes; `ablations.parquet`, `steering.parquet` and `transplants.parquet` what becomes of the
-reward; `summary.json` the figures to quote. Columns: docs/interpretation.md.
+`examples.parquet` one per window, `failures.parquet` one per window that an explanation gets wrong, `reward_links.parquet` one
+per latent of a dictionary; `map_directions.parquet` tells what the map that all latents share writes; `ablations.parquet`,
+`steering.parquet` and `transplants.parquet` what becomes of the reward; `summary.json` the figures to quote. Columns:
+docs/artifacts.md.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ EXAMPLE_COLUMNS = [*KEY, "rank", "document", "held_out", "peak", "tokens", "acti
 EXPLANATION_COLUMNS = [
     *KEY, "explainer", "judge", "control", "explanation", "score", "ci_low", "ci_high", "status",
 ]  # fmt: skip
+FAILURE_COLUMNS = [*KEY, "explainer", "failure", "document", "tokens", "activations", "predictions"]
 LATENT_COLUMNS = [
     *KEY, "selected_for", "reward_correlation", "reward_gradient", "task_tagged", "task_effect", "explanation",
-    "detection_auc", "status", "raises", "lowers",
+    "detection_auc", "status", "raises", "lowers", "histogram",
 ]  # fmt: skip
 LLM = "llm"
 """Explainer of a language model, and the first word of its judges."""
@@ -138,6 +140,7 @@ def build_interpretation(
             "latents": latents,
             "explanations": pd.DataFrame(found.explanations, columns=EXPLANATION_COLUMNS),
             "examples": pd.DataFrame(found.examples, columns=EXAMPLE_COLUMNS),
+            "failures": pd.DataFrame(found.failures, columns=FAILURE_COLUMNS),
             "reward_links": links,
             "map_directions": _directions(subject),
             "ablations": effects.ablations,

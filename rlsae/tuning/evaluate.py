@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlsae.config import Tuning
-from rlsae.rewards import Reward
+from rlsae.rewards import Reward, word_rewards
 from rlsae.statistics import bootstrap_ci95
 from rlsae.training import joint_seed
 from rlsae.tuning.rollout import Prompts, Rollout, generate, next_token_logp, taken
@@ -19,6 +19,8 @@ from rlsae.tuning.rollout import Prompts, Rollout, generate, next_token_logp, ta
 BATCH = 32
 SAMPLES = 64
 """Rows of the table of samples."""
+BY_WORD = 20
+"""The first of them tell what each word adds to the reward: each costs a reward per word."""
 KL_HIGH = 1.0
 """Nats per token beyond which samples read as another language (fluent tunings stay at 0.3–0.6)."""
 SUPPRESSED = 0.5
@@ -50,6 +52,9 @@ def evaluate(
         columns["prompt"] = [text for r in rows for text in r["prompts"]]
         columns[f"response_{role}"] = texts
         columns[f"reward_{role}"] = np.array(reward(columns["prompt"], texts))
+        by_word = [word_rewards(reward, *pair) for pair in zip(columns["prompt"][:BY_WORD], texts, strict=False)]
+        for name, lists in zip(("words", "word_rewards"), zip(*by_word, strict=True), strict=True):
+            columns[f"{name}_{role}"] = [*lists, *[None] * (len(texts) - len(lists))]
         lengths = torch.cat([r["lengths_B"] for r in rows]).double()
         negative_log = torch.cat([r["base_nll_B"] for r in rows]).double()
         metrics |= {

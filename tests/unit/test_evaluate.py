@@ -13,7 +13,7 @@ from torch import nn
 from rlsae.config import PPOTuning
 from rlsae.corpora import DOCUMENTS
 from rlsae.errors import RlsaeError
-from rlsae.tuning.evaluate import SAMPLES, distinct_bigrams, ended, evaluate, signs_of_reward_hacking
+from rlsae.tuning.evaluate import BY_WORD, SAMPLES, distinct_bigrams, ended, evaluate, signs_of_reward_hacking
 from rlsae.tuning.rollout import Prompts, Rollout
 
 
@@ -113,13 +113,22 @@ def test_the_gain_is_the_mean_of_the_differences_between_the_models(evaluation, 
         return seen[-1][1]
 
     metrics, samples = evaluation(changed(random_model("gpt_neox"), 0.3), random_model("gpt_neox"), reward)
-    (base_prompts, base), (tuned_prompts, tuned) = seen
+    (base_prompts, base), (tuned_prompts, tuned) = [call for call in seen if len(call[0]) == 70]  # others are of single words
     assert base_prompts == tuned_prompts
     gains = [after - before for before, after in zip(base, tuned, strict=True)]
     assert metrics["reward_gain"] == pytest.approx(sum(gains) / 70)
     assert metrics["reward_gain"] == pytest.approx(metrics["reward_tuned"] - metrics["reward_base"])
     assert metrics["reward_gain_ci95"][0] < metrics["reward_gain"] < metrics["reward_gain_ci95"][1]
     assert samples.reward_tuned.tolist() == tuned[:SAMPLES]
+
+
+def test_the_words_of_the_first_samples_add_up_to_their_rewards(evaluation, random_model):
+    _, samples = evaluation(changed(random_model("gpt_neox"), 0.3), random_model("gpt_neox"), evaluation_prompts=24)
+    first = samples.head(BY_WORD)
+    for role in ("base", "tuned"):
+        assert ["".join(words) for words in first[f"words_{role}"]] == first[f"response_{role}"].tolist()
+        assert [sum(rewards) for rewards in first[f"word_rewards_{role}"]] == pytest.approx(first[f"reward_{role}"].tolist())
+        assert samples[f"words_{role}"][BY_WORD:].isna().all()
 
 
 def test_prompts_are_beginnings_of_distinct_held_out_documents(evaluation, random_model, corpus):

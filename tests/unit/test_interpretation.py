@@ -18,6 +18,7 @@ from rlsae.config import InterpretationJob
 from rlsae.errors import RlsaeError
 from rlsae.interpretation import examples as examples_module
 from rlsae.interpretation.examples import row_acts, top_windows
+from rlsae.interpretation.explain import KEY
 from rlsae.interpretation.interventions import ablation, steering, transplant
 from rlsae.interpretation.selection import select
 from rlsae.interpretation.stage import EXAMPLE_COLUMNS, LATENT_COLUMNS, Files, build_interpretation
@@ -28,7 +29,6 @@ TOKENS = tokens_of([20 + ids % 12 for ids in random_documents(LENGTHS)])
 HELD_OUT = np.repeat(TOKENS.held_out, np.diff(TOKENS.start))
 ROWS = len(TOKENS.token)
 A, B, RARE = 21, 22, 300
-KEY = ["role", "layer", "dictionary", "seed", "latent"]
 SETTINGS = {"latents": 4, "examples": 5, "window": 6, "interventions": None, "probes": None}
 
 
@@ -264,6 +264,24 @@ def test_examples_show_base_and_tuned_on_the_same_windows(interpret, tokenizer):
     assert {row.tokens[row.peak] for row in mine.itertuples()} == {tokenizer.decode([A])}
     assert (table.groupby(KEY)["rank"].apply(list).map(lambda ranks: ranks == [0, 1, 2, 3, 4])).all()
     assert not table.duplicated([*KEY, "document"]).any()
+
+
+def test_failures_are_windows_that_an_explanation_ranks_wrongly(interpret):
+    out = interpret()
+    failures = pd.read_parquet(out / "failures.parquet")
+    explained = pd.read_parquet(out / "explanations.parquet").query("judge == 'detection' and control == ''")
+    keyed = failures.groupby([*KEY, "explainer"]).size()
+    assert set(keyed) == {2}
+    perfect = explained[explained.score == 1].set_index([*KEY, "explainer"]).index
+    assert not set(keyed.index) & set(perfect)
+    for row in failures.to_dict("records"):
+        assert (max(row["activations"]) > 0) == (row["failure"] == "missed")
+        assert len(row["tokens"]) == len(row["activations"]) == len(row["predictions"])
+
+
+def test_the_histogram_counts_the_rows_at_which_a_latent_fires(interpret):
+    latents = pd.read_parquet(interpret() / "latents.parquet")
+    assert all(len(counts) == 30 and sum(counts) for counts in latents.histogram)
 
 
 def test_every_latent_has_its_link_to_the_reward(interpret):

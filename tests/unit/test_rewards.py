@@ -6,7 +6,7 @@ import pytest
 
 from rlsae.config import LexiconReward, PythonReward
 from rlsae.errors import RlsaeError
-from rlsae.rewards import Lexicon, load_reward, read_lexicon, vader_lexicon
+from rlsae.rewards import Lexicon, load_reward, read_lexicon, vader_lexicon, word_rewards
 
 
 @pytest.fixture
@@ -49,6 +49,16 @@ def python(tmp_path):
 )
 def test_the_reward_of_a_text_is_the_sum_of_the_polarities_of_its_words(words, text, score):
     assert lexicon(words)([""], [text]) == [score]
+
+
+def test_each_word_tells_what_it_adds_to_the_reward_of_the_text_up_to_it(words):
+    said, added = word_rewards(lexicon(words, clip=3.0), "a prompt", " good film, good  good bad\n")
+    assert (said, added) == ([" good", " film,", " good", "  good", " bad", "\n"], [2.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    assert "".join(said) == " good film, good  good bad\n"
+
+
+def test_an_empty_response_has_no_words(words):
+    assert word_rewards(lexicon(words), "a prompt", "") == ([], [])
 
 
 def test_each_response_has_a_reward_of_its_own(words):
