@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,7 +21,8 @@ ROLE = {"base": "#040404", "tuned": "#050505"}
 VARIABLES = {INK: "currentColor", FAINT: "var(--faint)", ACCENT: "var(--accent)"} | {
     colour: f"var(--{role})" for role, colour in ROLE.items()
 }
-FIXED = {INK: "#222222", FAINT: "#c9c9c9", ACCENT: "#7a3e9d", ROLE["base"]: "#3a6ea5", ROLE["tuned"]: "#c8553d"}
+FIXED = {INK: "#1d2328", FAINT: "#c9ced3", ACCENT: "#00795a", ROLE["base"]: "#0072b2", ROLE["tuned"]: "#d55e00"}
+"""The colours of the pages' light scheme; those of the roles are Okabe and Ito's, safe for the colour-blind."""
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "rlsae",
     "svg.fonttype": "none",
@@ -53,10 +55,16 @@ SMALL = (3.4, 2.1)
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure of a page."""
+    """One figure of a page, and the two files that can be downloaded: `{name}.svg` and `{name}.csv`."""
 
+    name: str
     title: str
     svg: Markup
+    """As an element of a page."""
+    file: str
+    """As a file of its own."""
+    data: pd.DataFrame
+    """What is drawn."""
 
 
 def small() -> tuple[Figure, Axes]:
@@ -65,17 +73,30 @@ def small() -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+def chart(figure: Figure, name: str, title: str, data: pd.DataFrame, label: str | None = None) -> Chart:
+    """A figure for a page.
+
+    Args:
+        name: of its files; what is no letter, digit or sign of a number in it becomes a hyphen.
+        label: what a screen reader says, where the title does not say it all.
+    """
+    svg = _svg(figure)
+    return Chart(re.sub(r"[^\w.]+", "-", name).strip("-"), title, _inline(svg, label or title), _fixed(svg), data)
+
+
 def standalone(figure: Figure) -> str:
     """A figure as an SVG file."""
-    svg = _svg(figure)
+    return _fixed(_svg(figure))
+
+
+def _fixed(svg: str) -> str:
     for colour, fixed in FIXED.items():
         svg = svg.replace(colour, fixed)
     return svg
 
 
-def inline(figure: Figure, title: str) -> Markup:
-    """A figure as an `<svg>` element that a page can hold: no fixed size, fonts and colours of the page."""
-    svg = _svg(figure)
+def _inline(svg: str, title: str) -> Markup:
+    """An `<svg>` element that a page can hold: no fixed size, fonts and colours of the page."""
     svg = svg[svg.index("<svg") :]
     view = re.search(r'viewBox="[^"]*"', svg)
     assert view

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rlsae.divergence.table import MEASURES, WHOLE
-from rlsae.plots import ACCENT, FAINT, INK, STYLE, Chart, inline, small, standalone
+from rlsae.plots import ACCENT, FAINT, INK, STYLE, Chart, chart, small, standalone
 
 TITLES = {
     "weight_l2_sum": "Weight change (sum of L2 norms)",
@@ -69,9 +69,8 @@ def charts(layers: pd.DataFrame, chosen: Sequence[int]) -> dict[str, list[Chart]
     for measure, rows in whole_layers(layers).groupby("measure", sort=False):
         figure, axes = small()
         draw_bars(axes, rows, chosen)
-        title = TITLES[str(measure)]
         family = next(name for name, beginning in FAMILIES.items() if str(measure).startswith(beginning))
-        found[family].append(Chart(title, inline(figure, title)))
+        found[family].append(chart(figure, f"divergence-{measure}", TITLES[str(measure)], rows))
     return found
 
 
@@ -79,10 +78,9 @@ def charts(layers: pd.DataFrame, chosen: Sequence[int]) -> dict[str, list[Chart]
 def agreement_and_steps(steps: pd.DataFrame, agreement: pd.DataFrame) -> list[Chart]:
     """Agreement of the measures and, where there are checkpoints, layer × step, for a page."""
     title = "Agreement of the measures (Kendall's τ over layers)"
-    found = [Chart(title, inline(draw_agreement(agreement), title))]
+    found = [chart(draw_agreement(agreement), "divergence-agreement", title, agreement)]
     if steps.step.nunique() > 1:
-        title = "Each layer over the steps of the tuning"
-        found.append(Chart(title, inline(draw_steps(steps), title)))
+        found.append(chart(draw_steps(steps), "divergence-steps", "Each layer over the steps of the tuning", steps))
     return found
 
 

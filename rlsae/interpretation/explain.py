@@ -27,7 +27,6 @@ from rlsae.interpretation.positions import Positions, Vocabulary
 from rlsae.interpretation.windows import Cuts, Window, draw, fired_at
 from rlsae.sae.dictionary import SparseAutoencoder
 
-KEY = ["role", "layer", "dictionary", "seed", "latent"]
 MAX_ROWS = 1 << 18
 """Rows of training documents, from the first on, from which explanations are drawn."""
 SHUFFLED = 3

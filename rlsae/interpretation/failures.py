@@ -17,7 +17,7 @@ FALSE_ALARM = "false alarm"
 
 def failures(said: Mapping[str, Explanation], active: Sequence[Window], silent: Sequence[Window]) -> Iterator[dict[str, Any]]:
     """Of each executable explanation, the window that it predicts lowest of those in which the latent fires (`missed`), and
-    the one that it predicts highest of the others (`false alarm`); neither where it ranks all of the first kind higher.
+    the one that it predicts higher, and highest of the others (`false alarm`); neither where it ranks all windows rightly.
 
     Yields:
         `explainer`, `failure`, `document`, `tokens`, `activations` and `predictions` [T] of the window.
@@ -26,9 +26,9 @@ def failures(said: Mapping[str, Explanation], active: Sequence[Window], silent: 
         if explanation.predict is None or not active or not silent:
             continue
         high, low = predicted_largest(explanation, active), predicted_largest(explanation, silent)
-        if high.min() > low.max():
-            continue
-        for failure, window in ((MISSED, active[int(high.argmin())]), (FALSE_ALARM, silent[int(low.argmax())])):
+        worst = [(MISSED, active[int(high.argmin())])] if high.min() <= low.max() else []
+        worst += [(FALSE_ALARM, silent[int(low.argmax())])] if high.min() < low.max() else []
+        for failure, window in worst:
             yield {
                 "explainer": explainer,
                 "failure": failure,

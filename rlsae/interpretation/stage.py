@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlsae.activations.store import ActivationStore
+from rlsae.comparison.kinds import KEY
 from rlsae.comparison.linear_map import LinearMaps, fit_linear_maps
 from rlsae.comparison.paired_rows import PairedRows
 from rlsae.compute import device
 from rlsae.config import InterpretationJob
 from rlsae.interpretation.examples import row_acts
-from rlsae.interpretation.explain import KEY, Findings, Settings, Text, explain_dictionary
+from rlsae.interpretation.explain import Findings, Settings, Text, explain_dictionary
 from rlsae.interpretation.interventions.effects import Place
 from rlsae.interpretation.interventions.study import Member, Tables, intervene
 from rlsae.interpretation.llm import LlmDetection, LlmExplainer, LlmFuzzing, open_client, related

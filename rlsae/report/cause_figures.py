@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from rlsae.plots import ACCENT, INK, ROLE, SMALL, STYLE, Chart, inline, small
+from rlsae.plots import ACCENT, INK, ROLE, SMALL, STYLE, Chart, chart, small
 from rlsae.report.content import records
 
 SETS = {"reward": "reward latents", "tagged": "tagged latents"}
@@ -35,7 +35,8 @@ def dose_response(steering: pd.DataFrame) -> list[Chart]:
         axes.set_xlabel("times what they write (1: as it is)")
         axes.set_ylabel("reward")
         title = f"Layer {layer}, {name}"
-        charts.append(Chart(title, inline(figure, f"Reward by gain of the reward latents: {title}")))
+        label = f"Reward by gain of the reward latents: {title}"
+        charts.append(chart(figure, f"dose-response-{layer}-{name}", title, rows, label))
     return charts
 
 
@@ -65,7 +66,13 @@ def scores(summary: dict[str, Any]) -> list[Chart]:
         axes.axvline(chance, color=INK, linewidth=0.7, linestyle=(0, (2, 2)))
         axes.set_yticks(range(len(explainers)), explainers)
         axes.set_xlabel(f"{judge}, mean over latents")
-        charts.append(Chart(judge.capitalize(), inline(figure, f"Scores of explanations: {judge}")))
+        data = pd.DataFrame(
+            [explainer, name, one["mean"], *one["ci95"], one["latents"]]
+            for name in CONTROLS
+            for explainer in explainers
+            if (one := summary[name].get(f"{explainer} {judge}"))
+        ).set_axis(["explainer", "explanation", "mean", "ci_low", "ci_high", "latents"], axis=1)
+        charts.append(chart(figure, f"scores-{judge}", judge.capitalize(), data, f"Scores of explanations: {judge}"))
     return charts
 
 

@@ -7,8 +7,8 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from rlsae.comparison.kinds import CHANGED, UNTESTED
-from rlsae.plots import ACCENT, FAINT, INK, SMALL, STYLE, Chart, inline, small
+from rlsae.comparison.kinds import CHANGED, KEY, UNTESTED
+from rlsae.plots import ACCENT, FAINT, INK, SMALL, STYLE, Chart, chart, small
 
 POINTS = 600
 """Points of one kind in a figure; a page holds every one of them."""
@@ -32,8 +32,8 @@ def write_change(latents: pd.DataFrame, levels: pd.DataFrame) -> list[Chart]:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("rows at which it fires")
         axes.set_ylabel("write change Δ")
-        title = f"Layer {layer}, {name}"
-        charts.append(Chart(title, inline(figure, f"Write change against firings: {title}")))
+        title, data = f"Layer {layer}, {name}", rows[[*KEY, "firings", "write_change", "tag"]]
+        charts.append(chart(figure, f"write-change-{layer}-{name}", title, data, f"Write change against firings: {title}"))
     return charts
 
 
@@ -49,7 +49,8 @@ def angles(latents: pd.DataFrame) -> list[Chart]:
         axes.set_yscale("symlog", linthresh=1)
         axes.set_xlabel("angle between the writes, degrees")
         axes.set_ylabel("latents")
-        charts.append(Chart(f"Layer {layer}", inline(figure, f"Rotation angles in layer {layer}")))
+        data = rows[[*KEY, "write_angle", "tag"]]
+        charts.append(chart(figure, f"angles-{layer}", f"Layer {layer}", data, f"Rotation angles in layer {layer}"))
     return charts
 
 
@@ -70,4 +71,5 @@ def tag_counts(latents: pd.DataFrame) -> list[Chart]:
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xlabel("latents; filled: replicated")
-    return [Chart("Tags", inline(figure, "Tags by layer and dictionary"))]
+    data = pd.DataFrame({"tagged": all_of.stack(), "replicated": again.stack()}).reset_index()
+    return [chart(figure, "tags", "Tags", data, "Tags by layer and dictionary")]

@@ -11,8 +11,8 @@ import pandas as pd
 from rlsae.artifacts import Manifest, stored_bytes
 from rlsae.comparison.kinds import CHANGED
 from rlsae.divergence.figures import FAMILIES, whole_layers
-from rlsae.report.formatting import listing, number, visible
-from rlsae.report.study import KEY, Study
+from rlsae.report.formatting import listing, number
+from rlsae.report.study import Study
 
 STAGES = ["file", "corpora", "models", "policies", "tokens", "activations", "divergence", "dictionaries", "comparison"]
 """The order of the chain; interpretation, not named, comes last."""
@@ -27,6 +27,8 @@ class Made:
     holds: str
     bytes: int | None
     """None where only the digest is known."""
+    link: str | None
+    """From the report's folder, where it lies among the same results."""
 
 
 @dataclass(frozen=True)
@@ -101,39 +103,6 @@ class Changes:
         return self.tags["replicated"]
 
 
-@dataclass(frozen=True)
-class Token:
-    """One token of a window, its spaces drawn."""
-
-    text: str
-    activation: float
-    heat: float
-    """Activation as a share of the latent's largest shown."""
-    peak: bool
-
-
-@dataclass(frozen=True)
-class Window:
-    """The tokens around one of the strongest activations of a latent."""
-
-    document: int
-    held_out: bool
-    tokens: list[Token]
-    other: list[Token]
-    """The same tokens with what the latent reads in the rows of the other model."""
-
-
-@dataclass(frozen=True)
-class Latent:
-    """One explained latent."""
-
-    row: dict[str, Any]
-    anchor: str
-    partner: str | None
-    """Anchor of its partner in the other model, where that one is explained too."""
-    windows: list[Window]
-
-
 def chain(study: Study, digests: dict[str, str]) -> list[Made]:
     """All artifacts that the report rests on, in the order of the chain.
 
@@ -151,7 +120,8 @@ def chain(study: Study, digests: dict[str, str]) -> list[Made]:
             manifest, folder = study.manifests[label], study.folders[label]
             stored = sum(stored_bytes(folder / name) for name in manifest.outputs)
             holds, size = contents(manifest), manifest.metrics.get("bytes") or stored
-        made.append(Made(identifier, digests[identifier].removeprefix("sha256:")[:12], holds, size))
+        link = f"../../{identifier}/" if (study.comparison.parents[1] / identifier).is_dir() else None
+        made.append(Made(identifier, digests[identifier].removeprefix("sha256:")[:12], holds, size, link))
     return made
 
 
@@ -266,33 +236,6 @@ def transfers(study: Study) -> list[Transfer]:
     return found
 
 
-def latents(study: Study) -> list[Latent]:
-    """The explained latents in the order of the artifact, with their windows."""
-    rows = records(study.latents)
-    examples = pd.read_parquet(study.interpretation / "examples.parquet") if rows else pd.DataFrame()
-    windows = {key: list(_windows(group)) for key, group in examples.groupby(KEY)} if len(examples) else {}
-    anchors = {tuple(row[k] for k in KEY): _anchor(*(row[k] for k in KEY)) for row in rows}
-    found = []
-    for row in rows:
-        key = tuple(row[k] for k in KEY)
-        other = "tuned" if row["role"] == "base" else "base"
-        partner = anchors.get((other, *key[1:4], row["match_latent"]))
-        found.append(Latent(row, anchors[key], partner, windows.get(key, [])))
-    return found
-
-
-def well_explained(latents: list[Latent], count: int) -> list[Latent]:
-    """The latents of the tuned model whose explanations do best on held-out rows."""
-    scored = [latent for latent in latents if latent.row["role"] == "tuned" and latent.row["status"] == "scored"]
-    return sorted(scored, key=lambda latent: -latent.row["detection_auc"])[:count]
-
-
-def largest_changes(latents: list[Latent], count: int) -> list[Latent]:
-    """The latents whose writes changed most: replicated ones first, and none without a tag."""
-    changed = [latent for latent in latents if latent.row["tag"] in CHANGED]
-    return sorted(changed, key=lambda latent: (latent.row["replicated"] is not True, -latent.row["write_change"]))[:count]
-
-
 PROBED = {
     "tuned_sae": "latents of the tuned model",
     "base_sae": "latents of the base",
@@ -326,23 +269,3 @@ def scored_probes(probes: pd.DataFrame) -> dict[tuple[str, str], dict[str, Any]]
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table as plain values by column."""
     return [{str(column): value for column, value in row.items()} for row in table.to_dict("records")]
-
-
-def _anchor(role: str, layer: int, dictionary: str, seed: int, latent: int) -> str:
-    return f"{role}-{layer}-{dictionary}-{seed}-{latent}"
-
-
-def _windows(examples: pd.DataFrame) -> Iterator[Window]:
-    largest = max(max(activations) for activations in examples.activations)
-    for row in records(examples.sort_values("rank")):
-        yield Window(
-            row["document"],
-            row["held_out"],
-            *(
-                [
-                    Token(visible(token), activation, min(activation / largest, 1.0), place == row["peak"])
-                    for place, (token, activation) in enumerate(zip(row["tokens"], row[column].tolist(), strict=True))
-                ]
-                for column in ("activations", "activations_other")
-            ),
-        )

@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from rlsae.plots import ACCENT, FAINT, INK, ROLE, SMALL, STYLE, Chart, inline, small
+from rlsae.plots import ACCENT, FAINT, INK, ROLE, SMALL, STYLE, Chart, chart, small
 from rlsae.report.formatting import number
 
 CURVES = {
@@ -49,7 +49,7 @@ def tuning_curves(history: pd.DataFrame, kl_target: float | None) -> list[Chart]
                 axes.annotate("target", (history.batch.min(), kl_target), (0, 2), textcoords="offset points")
             axes.set_xlabel("batch")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            charts.append(Chart(title, inline(figure, title)))
+            charts.append(chart(figure, f"tuning-{column}", title, history[["batch", column]]))
     return charts
 
 
@@ -69,8 +69,8 @@ def training_curves(curves: dict[tuple[str, int, str], pd.DataFrame]) -> list[Ch
             axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_ylabel(label)
         axes.set_xlabel("step")
-        title = f"Layer {layer}, {name}"
-        charts.append(Chart(title, inline(figure, title)))
+        data = pd.concat({role: curves[role, layer, name] for role in ROLE}, names=["role"]).reset_index("role")
+        charts.append(chart(figure, f"training-{layer}-{name}", f"Layer {layer}, {name}", data))
     return charts
 
 
@@ -104,5 +104,5 @@ def cosine_dots(aggregates: pd.DataFrame) -> list[Chart]:
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("mean matched cosine")
-        charts.append(Chart(f"Layer {layer}", inline(figure, f"Matched cosines in layer {layer}")))
+        charts.append(chart(figure, f"cosines-{layer}", f"Layer {layer}", rows, f"Matched cosines in layer {layer}"))
     return charts

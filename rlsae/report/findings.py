@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from rlsae.divergence.figures import TITLES
-from rlsae.report.content import Changes, records, scored_probes
+from rlsae.report.content import Changes, Quality, records, scored_probes
 from rlsae.report.formatting import MISSING, alike, interval, listing, number, percent, spread
 
 CAUSAL = 0.95
@@ -70,6 +70,9 @@ def preference_sentence(metrics: dict[str, Any]) -> str:
     )
 
 
+OF_TUNING = (cost_sentence, preference_sentence, hacking_sentence)
+
+
 def layers_sentence(chosen: dict[str, Any], count: int) -> str:
     """Which layers were looked into, why, and how stable that choice is."""
     layers = chosen["layers"]
@@ -83,6 +86,15 @@ def layers_sentence(chosen: dict[str, Any], count: int) -> str:
     return text
 
 
+def quality_sentence(qualities: list[Quality]) -> str:
+    """How much of the activations the dictionaries miss, with how many latents."""
+    fvu, l0, dead = ([row.scores[key] for row in qualities] for key in ("fvu", "l0", "dead_share"))
+    return (
+        f"{number(len(qualities))} dictionaries, by layer, size, model and seed, miss a share of {spread(fvu)} of the variance "
+        f"of held-out rows with {spread(l0)} latents at a row; {percent(max(dead))} of the latents or fewer are dead."
+    )
+
+
 def changes_sentence(tags: list[Changes]) -> str:
     """How many latents the tuning changed, the replicated ones first."""
     tested = sum(row.tested for row in tags)
@@ -94,7 +106,7 @@ def changes_sentence(tags: list[Changes]) -> str:
     told = f"{number(changed)} of {number(tested)} tested latents"
     beyond = "write something else in the tuned model than in the base, beyond what the layer as a whole does"
     if len(replicated) < len(tags):
-        return f"{told} {beyond}; one seed cannot say whether they recur."
+        return f"{told} {beyond}; one seed cannot say whether they recur (dictionaries.*.seeds)."
     if not sum(replicated):
         return f"No change of single latents that recurs: {told} are tagged, none of them in the dictionaries of two seeds."
     return f"{number(sum(replicated))} latents {beyond}, and recur in another seed's dictionary; in all, {told} are tagged."
@@ -136,12 +148,13 @@ def latents_sentence(metrics: dict[str, Any]) -> str:
     return text + f"on held-out documents these explanations reach a mean detection AUC of {auc} (0.5 is chance)."
 
 
-def probes_sentence(probes: pd.DataFrame) -> str:
+def probes_sentence(probes: pd.DataFrame, study: str) -> str:
     """Whether latents predict the reward of words, and better than what they are made from."""
     found = scored_probes(probes)
     if ("tuned_sae", "tau") not in found:
-        why = listing(sorted(set(probes.status))) if len(probes) else "the study wants none"
-        return f"No probe could be scored: {why}."
+        if probes.empty:
+            return f"No probe was trained: the study asks for none (studies.{study}.interpretation.probes)."
+        return f"No probe could be scored: {listing(sorted(set(probes.status)))}."
     tau = found["tuned_sae", "tau"]
     text = f"A linear probe of the tuned model's latents ranks held-out words with a τ of {number(tau['value'])} "
     text += f"(95 % interval {interval([tau['ci_low'], tau['ci_high']])})"
@@ -152,11 +165,14 @@ def probes_sentence(probes: pd.DataFrame) -> str:
     return text + "."
 
 
-def causes_sentence(ablations: pd.DataFrame) -> str:
+def causes_sentence(ablations: pd.DataFrame, study: str) -> str:
     """Whether the latents that raise the reward carry it, beside random sets as dense, and whether the tagged ones do."""
     rows = [row for row in records(ablations) if row["policy"] == "tuned"]
     if not rows:
-        return "No latents were changed while the tuned model wrote."
+        return (
+            "No latents were changed while the tuned model wrote: the study asks for no interventions "
+            f"(studies.{study}.interpretation.interventions), or no latent is linked to the reward."
+        )
     told = []
     for name, who in (("reward", "the latents that raise the reward most"), ("tagged", "the tagged latents")):
         mine = [row for row in rows if row["set"] == name]

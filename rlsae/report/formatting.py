@@ -11,6 +11,11 @@ from typing import Any
 MISSING = "n/a"
 UNITS = ("B", "kB", "MB", "GB", "TB")
 SPACES = str.maketrans({" ": "·", "\n": "⏎", "\r": "⏎", "\t": "⇥"})
+UNSAFE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n\r"} | {127: "␡"}
+UNSAFE |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�")
+"""Control characters, which HTML cannot hold, and overrides of the direction, which would reach beyond their text."""
+LONGEST = 48
+"""Characters of a token that are shown."""
 
 
 def number(value: Any, digits: int = 3, decimals: int | None = None) -> str:
@@ -86,9 +91,19 @@ def listing(items: Iterable[Any]) -> str:
     return " and ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else "".join(texts)
 
 
+def tenths(share: float) -> int:
+    """0 to 9 of a share of 1."""
+    return min(int(share * 10), 9)
+
+
 def visible(token: str) -> str:
-    """A token with its spaces, tabs and line ends drawn."""
-    return token.translate(SPACES)
+    """A token with its spaces, tabs and line ends drawn; a very long one is cut."""
+    return (token if len(token) <= LONGEST else token[:LONGEST] + "…").translate(SPACES)
+
+
+def harmless(value: Any) -> Any:
+    """A text with characters that no page may hold drawn or replaced; anything else as it is."""
+    return value.translate(UNSAFE) if type(value) is str else value
 
 
 def quoted(explanation: str) -> str:

@@ -1,4 +1,4 @@
-// The banner of a stale report, and sorting and filtering of the table of latents; the page is complete without it.
+// The banner of a stale report; sorting, filtering and searching of the table of latents. Pages are complete without it.
 "use strict";
 
 if (window.rlsaeStale) {
@@ -7,68 +7,113 @@ if (window.rlsaeStale) {
   banner.hidden = false;
 }
 
-const table = document.querySelector("table.latents");
-const form = document.querySelector("form.filters");
-
-function cellValue(row, column) {
-  const cell = row.cells[column];
-  const text = (cell.querySelector("summary") || cell).textContent.trim();
-  const value = Number(text.replaceAll(",", "").replaceAll("−", "-").replace(" %", ""));
-  return text === "n/a" ? null : Number.isNaN(value) ? text : value;
+// "1,234", "−0.5", "1.6 %" and "40°" are numbers; "n/a" is none, and anything else is text.
+function valueOf(text) {
+  const value = Number(text.replaceAll(",", "").replace("−", "-").replace(/ ?[%°]$/, ""));
+  return text === "n/a" || text === "" ? null : Number.isNaN(value) ? text : value;
 }
 
 function compare(a, b) {
-  return typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b));
+  return typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en");
 }
 
-function sortBy(header) {
-  const ascending = header.getAttribute("aria-sort") !== "ascending";
-  for (const other of header.parentNode.cells) other.removeAttribute("aria-sort");
-  header.setAttribute("aria-sort", ascending ? "ascending" : "descending");
-  const keyed = [...table.tBodies[0].rows].map((row) => [cellValue(row, header.cellIndex), row]);
-  keyed.sort(([a], [b]) => {
-    if (a === null || b === null) return (a === null) - (b === null); // what was not measured stays last
-    return ascending ? compare(a, b) : compare(b, a);
+function latentsTable(table, form) {
+  const headers = [...table.tHead.rows[0].cells];
+  const names = headers.map((header) => header.textContent.trim().replaceAll(" ", "_"));
+  const rows = [...table.tBodies[0].rows].map((element) => {
+    const texts = [...element.cells].map((cell) => cell.textContent.trim());
+    const values = Object.fromEntries(names.map((name, place) => [name, valueOf(texts[place])]));
+    return { element, values, texts: Object.fromEntries(names.map((name, place) => [name, texts[place]])), text: texts.slice(-2).join(" ").toLowerCase() };
   });
-  table.tBodies[0].append(...keyed.map(([, row]) => row));
-}
+  const nothing = document.querySelector(".nothing");
+  let sorted = null;
 
-function filter() {
-  const wanted = Object.fromEntries(new FormData(form));
-  const text = wanted.text.toLowerCase();
-  let shown = 0;
-  for (const row of table.tBodies[0].rows) {
-    const matches = Object.entries(row.dataset).every(([key, value]) => !wanted[key] || wanted[key] === value);
-    row.hidden = !(matches && row.cells[row.cells.length - 1].textContent.toLowerCase().includes(text));
-    shown += !row.hidden;
+  function sortBy(name, descending) {
+    sorted = { name, descending };
+    for (const [place, header] of headers.entries()) {
+      if (names[place] === name) header.setAttribute("aria-sort", descending ? "descending" : "ascending");
+      else header.removeAttribute("aria-sort");
+    }
+    rows.sort((a, b) => {
+      const [first, second] = [a.values[name], b.values[name]];
+      if (first === null || second === null) return (first === null) - (second === null); // what was not measured stays last
+      return descending ? compare(second, first) : compare(first, second);
+    });
+    table.tBodies[0].append(...rows.map((row) => row.element));
   }
-  form.querySelector("output").textContent = `${shown} of ${table.tBodies[0].rows.length} shown`;
-}
 
-// A link to a latent opens it, even where a filter hides it.
-function openTarget() {
-  const row = document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  if (!row || !row.matches(".latents tr")) return;
-  if (row.hidden) {
+  function fits(row, wanted) {
+    return wanted.every(([key, text]) => {
+      if (key === "text") return row.text.includes(text.toLowerCase());
+      const [name, bound] = key.split("-");
+      if (!bound) return row.texts[name].replace(", replicated", "") === text;
+      const value = row.values[name];
+      return value !== null && (bound === "least" ? value >= Number(text) : value <= Number(text));
+    });
+  }
+
+  function filter() {
+    const wanted = [...new FormData(form)].filter(([, text]) => text !== "");
+    let shown = 0;
+    for (const row of rows) {
+      const hidden = !fits(row, wanted);
+      if (row.element.hidden !== hidden) row.element.hidden = hidden;
+      shown += !hidden;
+    }
+    form.querySelector("output").textContent = `${shown} of ${rows.length} shown`;
+    nothing.hidden = shown > 0;
+  }
+
+  // The state lies in the address, so that going back from a latent finds the table as it was.
+  function remember() {
+    const state = new URLSearchParams([...new FormData(form)].filter(([, text]) => text !== ""));
+    if (sorted) state.set("sort", (sorted.descending ? "-" : "") + sorted.name);
+    history.replaceState(null, "", `#${state}`);
+  }
+
+  function recall() {
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
     form.reset();
+    if (!target) {
+      const state = new URLSearchParams(location.hash.slice(1));
+      for (const [key, text] of state) if (form.elements[key]) form.elements[key].value = text;
+      const sort = state.get("sort");
+      if (sort) sortBy(sort.replace(/^-/, ""), sort.startsWith("-"));
+    }
     filter();
+    if (target) target.scrollIntoView({ block: "center" });
   }
-  row.querySelector("details").open = true;
-  row.scrollIntoView();
-}
 
-if (table) {
-  for (const header of table.querySelectorAll("th[data-sort]")) {
+  for (const [place, header] of headers.entries()) {
+    if (!("sort" in header.dataset)) continue;
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = header.textContent;
-    button.addEventListener("click", () => sortBy(header));
+    button.addEventListener("click", () => {
+      const again = sorted && sorted.name === names[place];
+      sortBy(names[place], again ? !sorted.descending : header.classList.contains("n"));
+      remember();
+    });
     header.replaceChildren(button);
   }
-  form.hidden = false;
-  form.addEventListener("input", filter);
+  form.addEventListener("input", () => { filter(); remember(); });
   form.addEventListener("submit", (event) => event.preventDefault());
-  filter();
-  addEventListener("hashchange", openTarget);
-  openTarget();
+  form.addEventListener("reset", () => setTimeout(() => { filter(); remember(); }));
+  nothing.querySelector("button").addEventListener("click", () => form.reset());
+  addEventListener("hashchange", recall);
+  form.hidden = false;
+  recall();
 }
+
+const latents = document.querySelector("table.latents");
+if (latents) latentsTable(latents, document.querySelector("form.filters"));
+
+// Numbers show on hover; the keyboard reaches them too.
+for (const mark of document.querySelectorAll("mark[data-v]")) mark.tabIndex = 0;
+
+// ← and → walk through the latents.
+addEventListener("keydown", (event) => {
+  if (event.altKey || event.ctrlKey || event.metaKey || event.target.closest("input, select, textarea")) return;
+  const link = { ArrowLeft: "a[rel=prev]", ArrowRight: "a[rel=next]" }[event.key];
+  if (link) document.querySelector(link)?.click();
+});
