@@ -1,17 +1,21 @@
-"""The finished artifacts of a study, opened for its report."""
+"""The finished artifacts of a study: where they lie, found from the results alone, and what their manifests tell."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 
-from rlsae.artifacts import Manifest, artifact_id
+from rlsae.artifacts import MANIFEST, Manifest, artifact_id, digest
+from rlsae.errors import RlsaeError
 
+STAGES = ("divergence", "comparison", "interpretation")
+"""Stages whose artifacts bear the name of the study, in their order."""
 KEY = ["role", "layer", "dictionary", "seed", "latent"]
 
 
@@ -29,6 +33,40 @@ class Study:
     """By role, layer and dictionary."""
     stores: dict[str, Path]
     """By role."""
+
+    @classmethod
+    def find(cls, results: Path, name: str) -> Self:
+        """Find the artifacts of a study by what its manifests name, wherever the results lie now; no configuration is needed.
+
+        It warns where the interpretation was made from an artifact that has been replaced since.
+
+        Raises:
+            RlsaeError: there is no such study, or a stage of it is not finished.
+        """
+        folders = _finished(results, name)
+        stores: dict[str, Path] = {}
+        dictionaries: dict[tuple[str, int, str], Path] = {}
+        policies: dict[str, Path] = {}
+        for identity, made_from in Manifest.read(folders["interpretation"]).inputs.items():
+            stage, folder = identity.split("/")[0], results / identity
+            if stage in ("models", "policies"):
+                policies[stage] = folder
+            elif stage == "activations":
+                stores[_role(identity)] = folder
+            elif stage == "dictionaries":
+                dictionaries[_role(identity), int(folder.parent.name.removeprefix("layer")), folder.name] = folder
+            if (folder / MANIFEST).exists() and digest(folder / MANIFEST) != made_from:
+                warnings.warn(f"interpretation/{name} was made from another {identity}; run the workflow again", stacklevel=2)
+        order = Manifest.read(folders["comparison"]).parameters["dictionaries"]
+        dictionaries = {key: dictionaries[key] for key in sorted(dictionaries, key=lambda key: (*key[:2], order.index(key[2])))}
+        return cls(
+            name,
+            policies["models"],
+            policies["policies"],
+            **folders,
+            dictionaries=dictionaries,
+            stores=dict(sorted(stores.items())),
+        )
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -94,3 +132,25 @@ class Study:
         if explained.empty:
             return explained
         return explained.merge(pd.read_parquet(self.comparison / "latents.parquet"), on=KEY, how="left", validate="1:1")
+
+
+def _finished(results: Path, name: str) -> dict[str, Path]:
+    """Folder of each of a study's own stages."""
+    folders = {stage: results / stage / name for stage in STAGES}
+    missing = [stage for stage, folder in folders.items() if not (folder / MANIFEST).exists()]
+    if len(missing) == len(STAGES):
+        known = sorted({path.parent.name for stage in STAGES for path in results.glob(f"{stage}/*/{MANIFEST}")})
+        there = f"its studies: {', '.join(known)}" if known else "expected a folder with divergence/ and comparison/ in it"
+        raise RlsaeError(f"{results} holds no study {name!r}; {there}")
+    if missing:
+        raise RlsaeError(
+            f"the study {name!r} is not finished: {folders[missing[0]]} has no {MANIFEST}; make it with "
+            f"snakemake --cores all {missing[0]}"
+        )
+    return folders
+
+
+def _role(identity: str) -> str:
+    """Whose the activations or dictionaries are: `activations/tiny.ppo.reviews/…` are those of the tuned policy."""
+    policy, _, _ = identity.split("/")[1].rpartition(".")
+    return "tuned" if "." in policy else "base"
