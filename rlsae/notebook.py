@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from rlsae.activations import tokens as token_store
 from rlsae.activations.store import ActivationStore
 from rlsae.activations.tokens import Tokens
-from rlsae.artifacts import Manifest, digest
+from rlsae.artifacts import MANIFEST, Manifest, digest
 from rlsae.compute import device
 from rlsae.corpora import DOCUMENTS
 from rlsae.errors import RlsaeError
@@ -82,6 +82,11 @@ class OpenStudy(Study):
         base, tuned = self.policies.values()
         layers, names = self._choices
         return f"<study {self.name}: {base} against {tuned} on {self.corpus}, layers {layers}, dictionaries {names}>"
+
+    @cached_property
+    def manifests(self) -> dict[str, Manifest]:
+        """By the labels of `folders`, of those artifacts that were not left behind."""
+        return {label: Manifest.read(folder) for label, folder in self.folders.items() if (folder / MANIFEST).exists()}
 
     @cached_property
     def where(self) -> torch.device:
@@ -166,12 +171,12 @@ class OpenStudy(Study):
     @cached_property
     def tokens(self) -> Tokens:
         """Token ids of the documents: `.ids(document)`."""
-        return Tokens.open(self._source(self.stores["base"], "tokens"))
+        return Tokens.open(self._source(self.comparison, "tokens"))
 
     @cached_property
     def documents(self) -> pd.DataFrame:
         """`text` and `held_out` of each document, numbered as in stores and tables."""
-        tokens = self._source(self.stores["base"], "tokens")
+        tokens = self._source(self.comparison, "tokens")
         table = pd.read_parquet(self._source(tokens, "corpora") / DOCUMENTS).set_index("document")
         return table.loc[zarr.open_group(tokens / token_store.STORE, mode="r")["document"][:]].reset_index(drop=True)
 
@@ -187,8 +192,8 @@ class OpenStudy(Study):
         Raises:
             RlsaeError: that file is not given, or is another one than the tuning used.
         """
-        manifest = self.manifests["tuned"]
-        path, made_from = Path(reward_file) if reward_file else None, manifest.inputs.get("file:reward")
+        path = Path(reward_file) if reward_file else None
+        made_from = Manifest.read(self.tuned).inputs.get("file:reward")
         if (digest(path) if path else None) != made_from:
             what = "the reward of this tuning came from a file of yours; give that one" if made_from else "it needs no file"
             raise RlsaeError(f"reward_file is {reward_file}: {what}")
@@ -198,9 +203,8 @@ class OpenStudy(Study):
     @property
     def _choices(self) -> tuple[str, str]:
         """The layers and the dictionaries that there are."""
-        return _listed(dict.fromkeys(key[1] for key in self.dictionaries)), _listed(
-            dict.fromkeys(key[2] for key in self.dictionaries)
-        )
+        _, layers, names = zip(*self.dictionaries, strict=True)
+        return _listed(dict.fromkeys(layers)), _listed(dict.fromkeys(names))
 
     def _role(self, role: str) -> str:
         if role not in self.stores:

@@ -48,25 +48,22 @@ class Study:
         dictionaries: dict[tuple[str, int, str], Path] = {}
         policies: dict[str, Path] = {}
         for identity, made_from in Manifest.read(folders["interpretation"]).inputs.items():
-            stage, folder = identity.split("/")[0], results / identity
+            if identity.startswith("file:"):
+                continue
+            stage, of, *inside = identity.split("/")
+            folder, role = results / identity, "tuned" if "." in of.rpartition(".")[0] else "base"
             if stage in ("models", "policies"):
                 policies[stage] = folder
             elif stage == "activations":
-                stores[_role(identity)] = folder
+                stores[role] = folder
             elif stage == "dictionaries":
-                dictionaries[_role(identity), int(folder.parent.name.removeprefix("layer")), folder.name] = folder
+                dictionaries[role, int(inside[-2].removeprefix("layer")), inside[-1]] = folder
             if (folder / MANIFEST).exists() and digest(folder / MANIFEST) != made_from:
-                warnings.warn(f"interpretation/{name} was made from another {identity}; run the workflow again", stacklevel=2)
+                warnings.warn(f"interpretation/{name} was made from another {identity}; run the workflow again", stacklevel=3)
         order = Manifest.read(folders["comparison"]).parameters["dictionaries"]
         dictionaries = {key: dictionaries[key] for key in sorted(dictionaries, key=lambda key: (*key[:2], order.index(key[2])))}
-        return cls(
-            name,
-            policies["models"],
-            policies["policies"],
-            **folders,
-            dictionaries=dictionaries,
-            stores=dict(sorted(stores.items())),
-        )
+        stores = dict(sorted(stores.items()))
+        return cls(name, policies["models"], policies["policies"], **folders, dictionaries=dictionaries, stores=stores)
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -91,20 +88,18 @@ class Study:
     @property
     def policies(self) -> dict[str, str]:
         """Name of the policy of each role; that of a checkpoint ends with `@` and its step."""
-        names = {role: self.identifiers[role].split("/")[-1] for role in ("base", "tuned")}
-        if self.checkpoint is not None:
-            names["tuned"] += f"@{self.checkpoint}"
-        return names
+        return {role: _policy_and_corpus(folder)[0] for role, folder in self.stores.items()}
 
     @property
     def checkpoint(self) -> int | None:
         """Step of the tuned policy whose activations are studied; None for the finished one."""
-        return self.manifests["tuned activations"].parameters.get("checkpoint")
+        _, _, step = self.policies["tuned"].partition("@")
+        return int(step) if step else None
 
     @property
     def corpus(self) -> str:
         """Name of the corpus whose activations are compared."""
-        return self.identifiers["base activations"].split("/")[1].removeprefix(self.policies["base"] + ".")
+        return _policy_and_corpus(self.stores["base"])[1]
 
     @cached_property
     def chosen(self) -> dict[str, Any]:
@@ -150,7 +145,7 @@ def _finished(results: Path, name: str) -> dict[str, Path]:
     return folders
 
 
-def _role(identity: str) -> str:
-    """Whose the activations or dictionaries are: `activations/tiny.ppo.reviews/…` are those of the tuned policy."""
-    policy, _, _ = identity.split("/")[1].rpartition(".")
-    return "tuned" if "." in policy else "base"
+def _policy_and_corpus(store: Path) -> tuple[str, str]:
+    """Of `activations/tiny.ppo@16.reviews/mlp/layers-3`, `tiny.ppo@16` and `reviews`."""
+    policy, _, corpus = store.parents[1].name.rpartition(".")
+    return policy, corpus

@@ -65,7 +65,8 @@ def results(tmp_path_factory, corpus, tokenizer, models):
             for name in TABLES[stage]:
                 write_table(folder / stage / study, name)
         finish(folder / "divergence" / study, "divergence")
-        finish(folder / "comparison" / study, "comparison", parameters={"dictionaries": NAMES})
+        made_from = input_digests({"tokens": tokens})
+        finish(folder / "comparison" / study, "comparison", parameters={"dictionaries": NAMES}, inputs=made_from)
         used = [folder / "comparison" / study, reviews, base, tuned, *trained["tiny"], *trained[policy]]
         made_from = input_digests({str(number): artifact for number, artifact in enumerate(used)})
         finish(folder / "interpretation" / study, "interpretation", inputs=made_from | {"file:triples": "sha256:0"})
@@ -291,11 +292,16 @@ def test_an_artifact_that_was_replaced_since_is_told(copied):
         rlsae.open_study(copied, "demo")
 
 
-def test_tables_can_be_read_where_models_and_stores_were_left_behind(copied):
-    for stage in ("models", "activations", "dictionaries"):
-        shutil.rmtree(copied / stage)
+def test_what_is_large_may_be_left_behind(copied):
+    shutil.rmtree(copied / "activations")
     study = rlsae.open_study(copied, "demo")
+    assert "tiny against tiny.ppo on reviews" in repr(study)
     assert len(study.tables["comparison/latents"]) == 1
+    assert len(study.documents) == 300
+    assert "tuned activations" not in study.manifests
+    model, sae = study.model("tuned"), study.sae("tuned", LAYER, "small")
+    assert rlsae.latents_at(model, study.tokenizer, sae, TEXT).shape[1] == sae.latents
+    assert len(study.prompts(2).answers(model)) == 2
     with pytest.raises(RlsaeError, match="layers-1 holds no activation store"):
         study.store("tuned")
 
