@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --workflow-profile workflow/profiles/default --cores $(CORES)
 PYTEST := $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
 
-.PHONY: demo test test-all peers lint benchmarks clean
+.PHONY: demo test test-all peers notebook lint benchmarks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/installed lint peers
+test-all: $(VENV)/installed lint peers notebook
 	$(PYTEST)
 
 lint: $(VENV)/installed
@@ -47,6 +47,13 @@ $(PEERS)/installed: tests/interop/peers.lock
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet $$(grep '^torch==' $<)
 	$(PEERS)/bin/pip install --quiet --no-deps --requirement $<
+	touch $@
+
+# What executes docs/tutorial.ipynb; it only adds packages to the environment.
+notebook: $(VENV)/notebook
+
+$(VENV)/notebook: tests/workflow/notebook.lock $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --requirement $<
 	touch $@
 
 # torch first and alone: the CPU build, which the rest must not replace.

@@ -58,7 +58,12 @@ def policy_folder(policy: str) -> Path:
 def weights_folder(policy: str) -> Path:
     """The transformers folder of a policy."""
     _, _, step = policy.partition("@")
-    return policy_folder(policy) / (f"checkpoints/{step}" if step else "model")
+    return policy_folder(policy) / weights_name(step)
+
+
+def weights_name(step: str | int | None) -> str:
+    """Where a policy's artifact holds the weights: of a checkpoint, or of the finished policy."""
+    return f"checkpoints/{step}" if step else "model"
 
 
 def kind_of(layers: list[int]) -> str:

@@ -230,13 +230,20 @@ def output_tensor(output: Any) -> Tensor:
 
 @contextmanager
 def replace_output(model: PreTrainedModel, layer: int, hook: Hook, function: Any) -> Iterator[None]:
-    """Within the context a module's output acts_BTD is replaced by `function(acts_BTD)`."""
+    """Within the context a layer's output acts_BTD is replaced by `function(acts_BTD)`."""
+    with replace_module_output(component(blocks(model)[layer], hook), function):
+        yield
+
+
+@contextmanager
+def replace_module_output(target: nn.Module, function: Any) -> Iterator[None]:
+    """The same of a module."""
 
     def edit(module: nn.Module, arguments: Any, output: Any) -> Any:
         replaced = function(output_tensor(output))
         return replaced if isinstance(output, Tensor) else (replaced, *output[1:])
 
-    handle = component(blocks(model)[layer], hook).register_forward_hook(edit)
+    handle = target.register_forward_hook(edit)
     try:
         yield
     finally:

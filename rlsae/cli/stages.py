@@ -30,7 +30,7 @@ from rlsae.cli.options import (
 )
 from rlsae.errors import RlsaeError
 from rlsae.expand import parse_settings
-from rlsae.layout import PER_TOKENS
+from rlsae.layout import PER_TOKENS, RESULTS
 
 
 @app.command()
@@ -281,25 +281,19 @@ def interpret(
 
 @app.command()
 def report(
-    study: Annotated[str, typer.Option(help="Name of the study.")],
-    base: Folder,
-    tuned: Folder,
-    divergence: Folder,
-    comparison: Folder,
-    interpretation: Folder,
-    dictionary: Named,
-    store: Named,
-    out: Out,
+    study: Annotated[str, typer.Argument(help="Name of the study.")],
+    results: Annotated[Path, typer.Option(help="Folder of all artifacts.")] = RESULTS,
     work: Work = None,
 ) -> None:
-    """Write the report of a study: a page that opens from disk.
+    """Write the report of a finished study: pages in reports/ of the results, which open from disk.
 
-    Example: rlsae report --study demo --base results/models/tiny --tuned results/policies/tiny.ppo
-    --divergence results/divergence/demo --comparison results/comparison/demo --interpretation results/interpretation/demo
-    --dictionary base/3/small=... --store base=... --out results/reports/demo
+    What the study is made of is told by the manifests, so that no configuration is needed.
+
+    Example: rlsae report demo
     """
     from rlsae.report.build import build_report
+    from rlsae.report.study import Study
 
-    build_report(
-        study, {}, out, work, base, tuned, divergence, comparison, interpretation, dictionaries(dictionary), pairs(store)
-    )
+    found = Study.find(results, study)
+    policies, stages = (found.base, found.tuned), (found.divergence, found.comparison, found.interpretation)
+    build_report(study, {}, results / "reports" / study, work, *policies, *stages, found.dictionaries, found.stores)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
@@ -84,10 +85,15 @@ class FixedPrompts:
 
     def rewards(self, model: PreTrainedModel) -> NDArray[np.float64]:
         """Reward of one response of the model to each prompt [N]; equal models give equal responses."""
-        found: list[float] = []
+        return self.answers(model).reward.to_numpy()
+
+    def answers(self, model: PreTrainedModel) -> pd.DataFrame:
+        """`prompt`, `response` and `reward` of these responses, a row per prompt."""
+        rows: list[tuple[str, str, float]] = []
         for _, rollout in self.responses(model):
-            found += self.reward(rollout.prompts, rollout.responses)
-        return np.array(found)
+            scores = self.reward(rollout.prompts, rollout.responses)
+            rows += zip(rollout.prompts, rollout.responses, scores, strict=True)
+        return pd.DataFrame(rows, columns=["prompt", "response", "reward"])
 
 
 def judged_by(tuned: Path, reward_file: Path | None) -> tuple[Tuning, Reward]:

@@ -90,13 +90,13 @@ def write_store(folder, tokens, acts, rows_per_part=64, dtype="float32", hook="m
     return finish(folder, "activations", metrics={str(n): np.asarray(a, np.float64).sum() for n, a in acts.items()})
 
 
-def dump(out, policy, tokens, **settings):
-    """Run every part of a dump and publish it."""
+def dump(out, policy, tokens, weights=None, **settings):
+    """Run every part of a dump and publish it; of the finished policy unless weights are given."""
     settings = DUMP | settings
     work = out.parent / f".{out.name}.parts"
     rows = min(settings["rows"], int(Tokens.open(tokens).row_start()[-1]))
     for part in range(-(-rows // settings["rows_per_part"])):
-        extract_part(settings, part, work.parent / f"part-{part}.json", work, policy, policy / "model", tokens)
+        extract_part(settings, part, work.parent / f"part-{part}.json", work, policy, weights or policy / "model", tokens)
     consolidate(settings, out, work, policy, tokens)
     return out
 

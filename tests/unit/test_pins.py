@@ -28,10 +28,14 @@ def pinned(lines):
     return found
 
 
+def read_lock(path):
+    lines = (REPOSITORY / path).read_text().splitlines()
+    return pinned(line for line in lines if line.strip() and not line.startswith("#"))
+
+
 @pytest.fixture(scope="module")
 def lock():
-    lines = (REPOSITORY / "requirements.lock").read_text().splitlines()
-    return pinned(line for line in lines if line.strip() and not line.startswith("#"))
+    return read_lock("requirements.lock")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,10 @@ def test_every_dependency_of_the_package_is_pinned_within_its_range(lock, projec
         name = canonicalize_name(requirement.name)
         assert name in lock, f"{name} is not in requirements.lock"
         assert requirement.specifier.contains(lock[name]), f"{requirement}: {lock[name]} is pinned"
+
+
+def test_what_executes_the_tutorial_replaces_no_pinned_version(lock):
+    assert read_lock("tests/workflow/notebook.lock").keys() & lock.keys() == set()
 
 
 def test_the_version_of_the_package_is_told_once(project):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import nbformat
 import pandas as pd
 import pytest
 
@@ -65,6 +66,13 @@ def test_everything_is_current_and_a_second_run_does_nothing(demo):
     command = [sys.executable, "-m", "rlsae", "status", str(REPOSITORY / "config.yaml")]
     status = subprocess.run(command, capture_output=True, text=True, cwd=demo, env=clean_environment())
     assert status.returncode == 0, status.stdout
+
+
+def test_the_tutorial_runs_on_its_results(demo):
+    nbclient = pytest.importorskip("nbclient", reason="nothing executes notebooks here (make notebook)")
+    notebook = nbformat.read(REPOSITORY / "docs/tutorial.ipynb", as_version=4)
+    environment = {"RLSAE_RESULTS": str(demo / "results"), "PYTHONPATH": str(REPOSITORY)}
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(env=clean_environment() | environment)
 
 
 def test_snakemake_packs_its_own_report(demo):

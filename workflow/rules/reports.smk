@@ -35,12 +35,5 @@ rule report_study:
         runtime=60,
     params:
         code=code_digest("report"),
-        base=lambda wildcards: policy_folder(roles(wildcards.study)["base"]),
-        tuned=lambda wildcards: policy_folder(roles(wildcards.study)["tuned"]),
-        dictionaries=dictionary_options,
-        stores=store_options,
     shell:
-        "python -m rlsae report --study {wildcards.study} --base {params.base} --tuned {params.tuned}"
-        " --divergence results/divergence/{wildcards.study} --comparison results/comparison/{wildcards.study}"
-        " --interpretation results/interpretation/{wildcards.study} {params.dictionaries} {params.stores}"
-        " --out results/reports/{wildcards.study} --work results/.work/reports/{wildcards.study} >> {log} 2>&1"
+        "python -m rlsae report {wildcards.study} --work results/.work/reports/{wildcards.study} >> {log} 2>&1"
