@@ -294,6 +294,20 @@ def report(
     from rlsae.report.build import build_report
     from rlsae.report.study import Study
 
-    found = Study.find(results, study)
-    policies, stages = (found.base, found.tuned), (found.divergence, found.comparison, found.interpretation)
-    build_report(study, {}, results / "reports" / study, work, *policies, *stages, found.dictionaries, found.stores)
+    build_report(Study.find(results, study), results / "reports" / study, work)
+
+
+@app.command("report-studies")
+def report_studies(
+    studies: Annotated[
+        list[str] | None, typer.Argument(help="Names of the studies; by default all that have a report.")
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Folder of all artifacts.")] = RESULTS,
+) -> None:
+    """Write the page that shows several studies side by side: reports/index.html of the results.
+
+    Example: rlsae report-studies null weak strong
+    """
+    from rlsae.report.studies import build_page
+
+    build_page(results, studies or sorted(folder.parent.name for folder in results.glob("reports/*/manifest.json")))

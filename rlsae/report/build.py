@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rlsae.report import findings
 from rlsae.report.histogram import histogram
@@ -20,24 +19,14 @@ RANGES = {"reward_correlation": "reward correlation", "score": "score", "density
 """And those by bounds."""
 
 
-def build_report(
-    study: str, settings: dict[str, Any], out: Path, work: Path | None, base: Path, tuned: Path, divergence: Path,
-    comparison: Path, interpretation: Path, dictionaries: dict[tuple[str, int, str], Path], stores: dict[str, Path],
-) -> None:  # fmt: skip
+def build_report(study: Study, out: Path, work: Path | None) -> None:
     """Write `index.html` and `latents.html`, each whole in itself but for the banner that says when they are stale, a page per
-    latent, and the figures of the main page with their data.
-
-    Args:
-        study: its name.
-        base, tuned: artifacts of the policies; divergence, comparison, interpretation: of the study.
-        dictionaries: artifact by role, layer and dictionary; stores: activation artifact by role.
-    """
-    sources = Study(study, base, tuned, divergence, comparison, interpretation, dictionaries, stores)
-    with Stage("reports", out, settings, sources.folders, work) as stage:
-        shown = latents(sources)
-        content = overview(sources, shown, stage.inputs)
+    latent, and the figures of the main page with their data."""
+    with Stage("reports", out, {}, study.folders, work) as stage:
+        shown = latents(study)
+        content = overview(study, shown, stage.inputs)
         write(stage.staging / "index.html", render("index.html.j2", **content))
-        write(stage.staging / "latents.html", latents_page(sources, shown))
+        write(stage.staging / "latents.html", latents_page(study, shown))
         for name in ASSETS:
             write(stage.staging / name, asset(name))
         for figure in figures_of(content):
@@ -45,11 +34,11 @@ def build_report(
             write(stage.staging / "figures" / f"{figure.name}.csv", figure.data.to_csv(index=False))
         for place, latent in enumerate(shown):
             before, after = (shown[i].page if 0 <= i < len(shown) else None for i in (place - 1, place + 1))
-            write(stage.staging / "latents" / f"{latent.page}.html", latent_page(study, latent, before, after))
-        measured = sources.manifests["tuned"].metrics
+            write(stage.staging / "latents" / f"{latent.page}.html", latent_page(study.name, latent, before, after))
+        measured = study.manifests["tuned"].metrics
         stage.publish(
             {key: measured.get(key) for key in ("reward_gain", "reward_gain_ci95", "kl")}
-            | {"layers": sources.chosen["layers"], "latents": len(sources.latents)}
+            | {"layers": study.chosen["layers"], "latents": len(study.latents)}
         )
     write_banner(out, None)
 

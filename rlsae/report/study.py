@@ -12,11 +12,11 @@ from typing import Any, Self
 import pandas as pd
 
 from rlsae.artifacts import MANIFEST, Manifest, artifact_id, digest
+from rlsae.comparison.kinds import KEY
 from rlsae.errors import RlsaeError
 
 STAGES = ("divergence", "comparison", "interpretation")
 """Stages whose artifacts bear the name of the study, in their order."""
-KEY = ["role", "layer", "dictionary", "seed", "latent"]
 
 
 @dataclass(frozen=True)

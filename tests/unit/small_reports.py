@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pandas as pd
 
-from rlsae.artifacts import MANIFEST, Manifest, digest
+from rlsae.artifacts import MANIFEST, Manifest, digest, input_digests
 from rlsae.comparison.kinds import KEY
 from rlsae.report.build import build_report
+from rlsae.report.study import Study
 
 MEASURES = ("weight_l2_sum", "activation_l2_relative", "kl_swap_out", "reward_swap_out")
 TAGS = {"unchanged": 90, "removed": 1, "added": 2, "rotated": 3, "rescaled": 4, "untestable": 20, "dead": 8}
@@ -118,7 +119,9 @@ def cosines(seeds, sizes):
     ]
 
 
-def build_small_report(folder, seeds=(0, 1), sizes=True, metrics=None, latents=2, evil="a film", step=None, out="demo"):
+def build_small_report(
+    folder, seeds=(0, 1), sizes=True, metrics=None, latents=2, evil="a film", step=None, name="demo", model="tiny"
+):
     """Write the artifacts of a small study under a folder, build its report, and return the report's folder."""
     results = folder / "results"
     history = {c: [0.1, 0.2, 0.3] for c in ("reward", "kl", "kl_coefficient", "entropy", "response_length")}
@@ -181,7 +184,7 @@ def build_small_report(folder, seeds=(0, 1), sizes=True, metrics=None, latents=2
             {"checkpoint": step if role == "tuned" else None},
             inputs={"tokens/tiny.reviews": "sha256:" + "ab" * 32},
         )
-        for role, policy in (("base", "tiny"), ("tuned", f"tiny.ppo@{step}" if step else "tiny.ppo"))
+        for role, policy in (("base", model), ("tuned", f"{model}.ppo@{step}" if step else f"{model}.ppo"))
     }
     dictionaries = {
         (role, 1, "small"): artifact(
@@ -193,7 +196,7 @@ def build_small_report(folder, seeds=(0, 1), sizes=True, metrics=None, latents=2
         for role in ("base", "tuned")
     }
     divergence = artifact(
-        results / "divergence" / "demo",
+        results / "divergence" / name,
         {"chosen_layers": [1]},
         {},
         {
@@ -205,50 +208,48 @@ def build_small_report(folder, seeds=(0, 1), sizes=True, metrics=None, latents=2
     pd.DataFrame(taus).to_csv(divergence / "agreement.tsv", sep="\t", index=False)
     chosen = {"layers": [1], "why": "highest weight_l2_sum", "stability": {"1": 0.97}}
     (divergence / "chosen.json").write_text(json.dumps(chosen))
-    out = results / "reports" / out
-    build_report(
-        "demo",
-        {},
-        out,
-        None,
-        base=artifact(results / "models" / "tiny", {"parameters": 1044224, "layers": 2}, {}),
-        tuned=artifact(
-            results / "policies" / "tiny.ppo",
-            PPO | (metrics or {}),
-            {"tuning": tuning, "reward": {"kind": "lexicon"}},
-            {"history.parquet": {"batch": [0, 1, 2], **history}, "samples.parquet": samples},
-        ),
-        divergence=divergence,
-        comparison=artifact(
-            results / "comparison" / "demo",
-            {"layers": {"1": {"dictionaries": {"small": TRANSFER | {"tags": tags}}}}},
-            {},
-            {
-                "levels.parquet": [LEVEL | {"role": role, "seed": seed} for role in ("base", "tuned") for seed in seeds],
-                "aggregates.parquet": [*cosines(seeds, sizes), score],
-                "latents.parquet": [{**key, **matched, "match_latent": key["latent"]} for key in keys]
-                or [{"role": "base", "layer": 1, "dictionary": "small", "seed": 0, "latent": 0, **matched}],
-            },
-        ),
-        interpretation=artifact(
-            results / "interpretation" / "demo",
-            {"latents_explained": len(keys), "detection_auc": 0.9 if keys else None},
-            {},
-            {
-                "latents.parquet": [key | row for key, row in zip(keys, told, strict=True)],
-                "examples.parquet": [{**key, **window, "rank": 0} for key in keys] or pd.DataFrame(columns=[*KEY, *window]),
-                "explanations.parquet": [{**key, **row} for key in keys for row in said]
-                or pd.DataFrame(columns=[*KEY, *said[0]]),
-                "failures.parquet": [{**key, **failure} for key in keys] or pd.DataFrame(columns=[*KEY, *failure]),
-                "summary.json": SUMMARY if keys else {name: {} for name in SUMMARY},
-                "ablations.parquet": [ABLATION] if keys else pd.DataFrame(columns=list(ABLATION)),
-                "probes.parquet": PROBES if keys else [NO_PROBE],
-                "steering.parquet": [DOSE] if keys else pd.DataFrame(columns=list(DOSE)),
-                "transplants.parquet": [TRANSPLANT] if keys else pd.DataFrame(columns=list(TRANSPLANT)),
-                "map_directions.parquet": [DIRECTION | {"raises": f"‹ {evil}›"}] if keys else [],
-            },
-        ),
-        dictionaries=dictionaries,
-        stores=stores,
+    base = artifact(results / "models" / model, {"parameters": 1044224, "layers": 2}, {})
+    tuned = artifact(
+        results / "policies" / f"{model}.ppo",
+        PPO | (metrics or {}),
+        {"tuning": tuning, "reward": {"kind": "lexicon"}},
+        {"history.parquet": {"batch": [0, 1, 2], **history}, "samples.parquet": samples},
     )
+    comparison = artifact(
+        results / "comparison" / name,
+        {"layers": {"1": {"dictionaries": {"small": TRANSFER | {"tags": tags}}}}},
+        {"dictionaries": ["small"]},
+        {
+            "levels.parquet": [LEVEL | {"role": role, "seed": seed} for role in ("base", "tuned") for seed in seeds],
+            "aggregates.parquet": [*cosines(seeds, sizes), score],
+            "latents.parquet": [{**key, **matched, "match_latent": key["latent"]} for key in keys]
+            or [{"role": "base", "layer": 1, "dictionary": "small", "seed": 0, "latent": 0, **matched}],
+        },
+    )
+    made_from = enumerate([comparison, base, tuned, *stores.values(), *dictionaries.values()])
+    artifact(
+        results / "interpretation" / name,
+        {"latents_explained": len(keys), "detection_auc": 0.9 if keys else None},
+        {},
+        {
+            "latents.parquet": [key | row for key, row in zip(keys, told, strict=True)],
+            "examples.parquet": rows_of([{**key, **window, "rank": 0} for key in keys], [*KEY, *window]),
+            "explanations.parquet": rows_of([{**key, **row} for key in keys for row in said], [*KEY, *said[0]]),
+            "failures.parquet": rows_of([{**key, **failure} for key in keys], [*KEY, *failure]),
+            "summary.json": SUMMARY if keys else {name: {} for name in SUMMARY},
+            "ablations.parquet": rows_of([ABLATION] if keys else [], [*ABLATION]),
+            "probes.parquet": PROBES if keys else [NO_PROBE],
+            "steering.parquet": rows_of([DOSE] if keys else [], [*DOSE]),
+            "transplants.parquet": rows_of([TRANSPLANT] if keys else [], [*TRANSPLANT]),
+            "map_directions.parquet": [DIRECTION | {"raises": f"‹ {evil}›"}] if keys else [],
+        },
+        input_digests({str(label): made for label, made in made_from}),
+    )
+    out = results / "reports" / name
+    build_report(Study.find(results, name), out, None)
     return out
+
+
+def rows_of(rows, columns):
+    """A table that has its columns also without rows."""
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)

@@ -212,7 +212,7 @@ STAGES = {
     "dictionaries": dictionary_files,
     "comparison": lambda study: [f"results/comparison/{study}/manifest.json"],
     "interpretation": lambda study: [f"results/interpretation/{study}/manifest.json"],
-    "reports": lambda study: [f"results/reports/{study}/manifest.json"],
+    "reports": lambda study: [f"results/reports/{study}/manifest.json", "results/reports/index.html"],
 }
 
 

@@ -1,4 +1,4 @@
-# reports/{study}: pages that open from disk.
+# reports/{study}: pages that open from disk; reports/index.html: all studies side by side.
 
 
 rule report_study:
@@ -37,3 +37,28 @@ rule report_study:
         code=code_digest("report"),
     shell:
         "python -m rlsae report {wildcards.study} --work results/.work/reports/{wildcards.study} >> {log} 2>&1"
+
+
+rule report_studies:
+    input:
+        expand("results/reports/{study}/manifest.json", study=CONFIG.studies),
+    output:
+        report(
+            "results/reports/index.html",
+            category="Studies",
+            caption="../report/studies.rst",
+            labels={"study": "all, side by side"},
+        ),
+    log:
+        "logs/reports/index.log",
+    conda:
+        "../../envs/rlsae.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        code=code_digest("report"),
+        studies=list(CONFIG.studies),
+    shell:
+        "python -m rlsae report-studies {params.studies} >> {log} 2>&1"
