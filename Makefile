@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --workflow-profile workflow/profiles/default --cores $(CORES)
 PYTEST := $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
 
-.PHONY: demo test test-all peers notebook lint benchmarks clean
+.PHONY: demo test test-all peers drivers lint benchmarks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/installed lint peers notebook
+test-all: $(VENV)/installed lint peers drivers
 	$(PYTEST)
 
 lint: $(VENV)/installed
@@ -39,6 +39,7 @@ benchmarks: $(VENV)/installed peers
 	$(BIN)/python -m tests.benchmarks.sae_speed
 	$(BIN)/python -m tests.benchmarks.sae_quality
 	$(BIN)/python -m tests.benchmarks.write_change
+	$(BIN)/python -m tests.benchmarks.report
 
 # Other libraries for the tests of interoperability and the benchmarks, which cannot share an environment with rlsae.
 peers: $(PEERS)/installed
@@ -49,10 +50,10 @@ $(PEERS)/installed: tests/interop/peers.lock
 	$(PEERS)/bin/pip install --quiet --no-deps --requirement $<
 	touch $@
 
-# What executes docs/tutorial.ipynb; it only adds packages to the environment.
-notebook: $(VENV)/notebook
+# What executes docs/tutorial.ipynb and drives a browser; it only adds packages to the environment.
+drivers: $(VENV)/drivers
 
-$(VENV)/notebook: tests/workflow/notebook.lock $(VENV)/installed
+$(VENV)/drivers: tests/workflow/drivers.lock $(VENV)/installed
 	$(BIN)/pip install --quiet --no-deps --requirement $<
 	touch $@
 

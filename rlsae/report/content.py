@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from rlsae.artifacts import Manifest, stored_bytes
+from rlsae.artifacts import PROVENANCE, Manifest, stored_bytes
 from rlsae.comparison.kinds import CHANGED
 from rlsae.divergence.figures import FAMILIES, whole_layers
 from rlsae.report.formatting import listing, number
@@ -123,6 +124,16 @@ def chain(study: Study, digests: dict[str, str]) -> list[Made]:
         link = f"../../{identifier}/" if (study.comparison.parents[1] / identifier).is_dir() else None
         made.append(Made(identifier, digests[identifier].removeprefix("sha256:")[:12], holds, size, link))
     return made
+
+
+def versions(study: Study) -> str:
+    """Of the code and libraries that interpreted the study, as its provenance tells; empty without one."""
+    path = study.interpretation / PROVENANCE
+    if not path.exists():
+        return ""
+    made = json.loads(path.read_text(encoding="utf-8"))
+    known = {"rlsae": made.get("rlsae"), "commit": (made.get("commit") or "")[:12], "python": made.get("python")}
+    return listing(f"{name} {version}" for name, version in (known | made.get("libraries", {})).items() if version)
 
 
 def contents(manifest: Manifest) -> str:

@@ -148,6 +148,13 @@ def latents_sentence(metrics: dict[str, Any]) -> str:
     return text + f"on held-out documents these explanations reach a mean detection AUC of {auc} (0.5 is chance)."
 
 
+def language_model_sentence(scores: dict[str, Any], study: str) -> str:
+    """Says that no language model explained or judged anything, where none did."""
+    if any(part.startswith("llm") for name in scores for part in name.split()):
+        return ""
+    return f"No language model was asked for explanations (studies.{study}.llm)."
+
+
 def probes_sentence(probes: pd.DataFrame, study: str) -> str:
     """Whether latents predict the reward of words, and better than what they are made from."""
     found = scored_probes(probes)

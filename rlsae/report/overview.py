@@ -48,6 +48,7 @@ def overview(study: Study, explained: list[Latent], digests: dict[str, str]) -> 
     changed, qualities = content.changes(study), content.qualities(study)
     compared = pd.read_parquet(study.comparison / "latents.parquet")
     levels = pd.read_parquet(study.comparison / "levels.parquet")
+    summary = json.loads((study.interpretation / "summary.json").read_text(encoding="utf-8"))
     ablations = pd.read_parquet(study.interpretation / "ablations.parquet")
     probes = pd.read_parquet(study.interpretation / "probes.parquet")
     causes, probed = findings.causes_sentence(ablations, study.name), findings.probes_sentence(probes, study.name)
@@ -63,9 +64,13 @@ def overview(study: Study, explained: list[Latent], digests: dict[str, str]) -> 
             "causes": [causes],
             "probes": [probed],
             "comparison": [findings.cosine_sentences(study.aggregates)],
-            "latents": [findings.latents_sentence(study.manifests["interpretation"].metrics)],
+            "latents": [
+                findings.latents_sentence(study.manifests["interpretation"].metrics),
+                findings.language_model_sentence(summary["scores"], study.name),
+            ],
         },
         "chain": content.chain(study, digests),
+        "versions": content.versions(study),
         "tuning": tuned.parameters["tuning"],
         "reward": tuned.parameters["reward"],
         "metrics": list(content.tuning_metrics(tuned.metrics)),
@@ -96,7 +101,7 @@ def overview(study: Study, explained: list[Latent], digests: dict[str, str]) -> 
         "causes": causes,
         "probes": content.probe_rows(probes),
         "probed": probed,
-        "scores": cause_figures.scores(json.loads((study.interpretation / "summary.json").read_text(encoding="utf-8"))),
+        "scores": cause_figures.scores(summary),
         "map_directions": records(pd.read_parquet(study.interpretation / "map_directions.parquet")),
         "cosines": records(study.aggregates),
         "cosine_labels": {measure: label for measure, (label, *_) in figures.COSINES.items()},

@@ -63,7 +63,7 @@ def test_every_dependency_of_the_package_is_pinned_within_its_range(lock, projec
 
 
 def test_what_executes_the_tutorial_replaces_no_pinned_version(lock):
-    assert read_lock("tests/workflow/notebook.lock").keys() & lock.keys() == set()
+    assert read_lock("tests/workflow/drivers.lock").keys() & lock.keys() == set()
 
 
 def test_the_version_of_the_package_is_told_once(project):

@@ -10,6 +10,8 @@ import nbformat
 import pandas as pd
 import pytest
 
+from tests.browser.chromium import chromium
+from tests.browser.overview import expected_numbers
 from tests.workflow.conftest import REPOSITORY, clean_environment
 
 pytestmark = pytest.mark.slow
@@ -69,10 +71,100 @@ def test_everything_is_current_and_a_second_run_does_nothing(demo):
 
 
 def test_the_tutorial_runs_on_its_results(demo):
-    nbclient = pytest.importorskip("nbclient", reason="nothing executes notebooks here (make notebook)")
+    nbclient = pytest.importorskip("nbclient", reason="nothing executes notebooks here (make drivers)")
     notebook = nbformat.read(REPOSITORY / "docs/tutorial.ipynb", as_version=4)
     environment = {"RLSAE_RESULTS": str(demo / "results"), "PYTHONPATH": str(REPOSITORY)}
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(env=clean_environment() | environment)
+
+
+# --- its report, in a real browser ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reports(demo):
+    return demo / "results/reports"
+
+
+@pytest.fixture
+def visit():
+    with chromium() as visit:
+        yield visit
+        assert visit.complaints == []
+        assert visit.requests == []
+
+
+def test_every_page_opens_from_disk_without_a_complaint(reports, visit):
+    pages = [reports / "index.html", *(reports / "demo").rglob("*.html")]
+    assert len(pages) > 100
+    for page in pages:
+        visit.open(page)
+        assert visit.page.locator("h1").count() == 1
+    for page in [reports / "index.html", reports / "demo/index.html", reports / "demo/latents.html", pages[-1]]:
+        visit.open(page, width=390)
+        assert visit.fits(), page
+
+
+def test_the_report_is_small(reports):
+    assert sum(path.stat().st_size for path in reports.rglob("*") if path.is_file()) < 10e6
+    assert max(path.stat().st_size for path in (reports / "demo/latents").iterdir()) <= 30_000
+
+
+def test_every_number_of_the_overview_is_that_of_the_tables(demo, reports, visit):
+    page = visit.open(reports / "demo/index.html")
+    cells = (
+        "tables => tables.flatMap(t => [...t.tBodies[0].rows].map(r => [...r.querySelectorAll('td.n')].map(c => c.innerText)))"
+    )
+    for section, rows in expected_numbers(demo / "results", "demo").items():
+        shown = page.locator(f"#{section} table").evaluate_all(cells)
+        shown = [[text.strip() for text in row] for row in shown]
+        if section == "changes":
+            shown = shown[: len(rows)]  # the largest changes and the shared map follow
+        assert (sorted(shown) if section == "comparison" else shown) == rows, section
+
+
+def test_a_reader_finds_a_latent_opens_it_and_comes_back(reports, visit):
+    page = visit.open(reports / "demo/latents.html")
+    rows, table = page.locator("table.latents tbody tr:visible"), reports / "demo/latents.html"
+    every = rows.count()
+    page.get_by_role("button", name="density").click()
+    shown = [float(text) for text in page.locator("tbody tr:visible td[data-label=density]").all_inner_texts()]
+    assert shown == sorted(shown, reverse=True)
+    page.get_by_label("model").select_option("tuned")
+    page.get_by_label("score, at least").fill("0.8")
+    assert 0 < rows.count() < every
+    assert f"{rows.count()} of {every} shown" in page.locator("output").inner_text()
+    page.get_by_label("search").fill("raises")
+    left, address = rows.count(), page.url
+    assert all("raises" in text for text in page.locator("tbody tr:visible td.explanation").all_text_contents())
+    rows.first.locator("a").click()
+    assert page.locator("h1").inner_text().startswith("Latent")
+    page.go_back()
+    assert (page.url, rows.count()) == (address, left)
+    page.get_by_role("button", name="all", exact=True).first.click()
+    page.wait_for_function(f"document.querySelector('output').textContent.startsWith('{every} of')")
+    assert table.exists()
+
+
+def test_numbers_of_tokens_are_reached_by_the_keyboard(reports, visit):
+    page = visit.open(next((reports / "demo/latents").glob("tuned-*.html")))
+    mark = page.locator("#activations .windows mark").first
+    mark.focus()
+    shown = mark.evaluate("element => getComputedStyle(element, '::after').content")
+    assert shown == f'"{mark.get_attribute("data-v")}"'
+
+
+def test_figures_can_be_downloaded(reports, visit):
+    page = visit.open(reports / "demo/index.html")
+    for link in page.locator("#tuning .files a").all():
+        assert (reports / "demo" / link.get_attribute("href")).exists()
+    with page.expect_download() as download:
+        page.locator("#tuning .files a").first.click()
+    assert download.value.suggested_filename == "tuning-reward.svg"
+
+
+def test_a_report_prints_as_a_document(reports, visit):
+    page = visit.open(reports / "demo/index.html")
+    assert page.pdf(prefer_css_page_size=True).startswith(b"%PDF")
 
 
 def test_snakemake_packs_its_own_report(demo):
