@@ -217,11 +217,10 @@ def changes(study: Study) -> list[Changes]:
     """One row per layer and dictionary: counts over roles and seeds, shares of the difference as means over them."""
     levels = pd.read_parquet(study.comparison / "levels.parquet")
     found = []
-    for layer, entry in study.manifests["comparison"].metrics["layers"].items():
-        for name, figures in entry["dictionaries"].items():
-            of_pair = levels[(levels.layer == int(layer)) & (levels.dictionary == name)]
-            shares = of_pair[["difference", "mean_shift", "linear_map", "tagged", "moved"]].mean().to_dict()
-            found.append(Changes(int(layer), name, figures["tags"], shares, bool(of_pair.diffuse.any())))
+    for layer, name, figures in _compared(study):
+        of_pair = levels[(levels.layer == layer) & (levels.dictionary == name)]
+        shares = of_pair[["difference", "mean_shift", "linear_map", "tagged", "moved"]].mean().to_dict()
+        found.append(Changes(layer, name, figures["tags"], shares, bool(of_pair.diffuse.any())))
     return found
 
 
@@ -237,14 +236,20 @@ def qualities(study: Study) -> list[Quality]:
 def transfers(study: Study) -> list[Transfer]:
     """One row per layer, dictionary and policy that it was trained for."""
     found = []
-    for layer, entry in study.manifests["comparison"].metrics["layers"].items():
-        for name, figures in entry["dictionaries"].items():
-            for role, policy in study.policies.items():
-                measures = [f"fvu_{role}_on_{other}" for other in study.policies]
-                measures += [f"{score}_recovered_{role}_in_{other}" for score in ("ce", "kl") for other in study.policies]
-                scores = [(figures[measure], figures[f"{measure}_ci95"]) for measure in measures]
-                found.append(Transfer(role, policy, int(layer), name, scores))
+    for layer, name, figures in _compared(study):
+        for role, policy in study.policies.items():
+            measures = [f"fvu_{role}_on_{other}" for other in study.policies]
+            measures += [f"{score}_recovered_{role}_in_{other}" for score in ("ce", "kl") for other in study.policies]
+            scores = [(figures[measure], figures[f"{measure}_ci95"]) for measure in measures]
+            found.append(Transfer(role, policy, layer, name, scores))
     return found
+
+
+def _compared(study: Study) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Layer, dictionary and what the comparison's manifest says of them, in the order of the study."""
+    layers = study.manifests["comparison"].metrics["layers"]
+    for layer, name in dict.fromkeys((layer, name) for _, layer, name in study.dictionaries):
+        yield layer, name, layers[str(layer)]["dictionaries"][name]
 
 
 PROBED = {

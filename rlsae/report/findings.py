@@ -91,7 +91,7 @@ def quality_sentence(qualities: list[Quality]) -> str:
     fvu, l0, dead = ([row.scores[key] for row in qualities] for key in ("fvu", "l0", "dead_share"))
     return (
         f"{number(len(qualities))} dictionaries, by layer, size, model and seed, miss a share of {spread(fvu)} of the variance "
-        f"of held-out rows with {spread(l0)} latents at a row; {percent(max(dead))} of the latents or fewer are dead."
+        f"of held-out rows with {spread(l0)} latents at a row; at most {percent(max(dead))} of their latents are dead."
     )
 
 

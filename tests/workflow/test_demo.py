@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -132,7 +133,7 @@ def test_a_reader_finds_a_latent_opens_it_and_comes_back(reports, visit):
     page.get_by_label("model").select_option("tuned")
     page.get_by_label("score, at least").fill("0.8")
     assert 0 < rows.count() < every
-    assert f"{rows.count()} of {every} shown" in page.locator("output").inner_text()
+    assert f"{rows.count()} of {every} fit" in page.locator("output").inner_text()
     page.get_by_label("search").fill("raises")
     left, address = rows.count(), page.url
     assert all("raises" in text for text in page.locator("tbody tr:visible td.explanation").all_text_contents())
@@ -155,11 +156,15 @@ def test_numbers_of_tokens_are_reached_by_the_keyboard(reports, visit):
 
 def test_figures_can_be_downloaded(reports, visit):
     page = visit.open(reports / "demo/index.html")
-    for link in page.locator("#tuning .files a").all():
+    for link in page.locator(".files a").all():
         assert (reports / "demo" / link.get_attribute("href")).exists()
+    page.locator("#tuning .files a").first.click()  # from disk it opens; from a server it is saved
+    page.wait_for_url("**/figures/tuning-reward.svg")
+    visit.open(next((reports / "demo/latents").glob("tuned-*.html")))
     with page.expect_download() as download:
-        page.locator("#tuning .files a").first.click()
-    assert download.value.suggested_filename == "tuning-reward.svg"
+        page.locator("#activations .files a").last.click()
+    assert download.value.suggested_filename.endswith(".csv")
+    assert Path(download.value.path()).read_text().startswith("from,to,rows")
 
 
 def test_a_report_prints_as_a_document(reports, visit):

@@ -7,14 +7,19 @@ if (window.rlsaeStale) {
   banner.hidden = false;
 }
 
+// Rows that are drawn at once: with thousands, each keystroke would take the browser a second.
+const ROWS = 100;
+
 // "1,234", "−0.5", "1.6 %" and "40°" are numbers; "n/a" is none, and anything else is text.
 function valueOf(text) {
   const value = Number(text.replaceAll(",", "").replace("−", "-").replace(/ ?[%°]$/, ""));
   return text === "n/a" || text === "" ? null : Number.isNaN(value) ? text : value;
 }
 
+const collator = new Intl.Collator("en");
+
 function compare(a, b) {
-  return typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en");
+  return typeof a === "number" && typeof b === "number" ? a - b : collator.compare(a, b);
 }
 
 function latentsTable(table, form) {
@@ -25,8 +30,9 @@ function latentsTable(table, form) {
     const values = Object.fromEntries(names.map((name, place) => [name, valueOf(texts[place])]));
     return { element, values, texts: Object.fromEntries(names.map((name, place) => [name, texts[place]])), text: texts.slice(-2).join(" ").toLowerCase() };
   });
-  const nothing = document.querySelector(".nothing");
+  const [nothing, more] = [document.querySelector(".nothing"), document.querySelector(".more")];
   let sorted = null;
+  let limit = ROWS;
 
   function sortBy(name, descending) {
     sorted = { name, descending };
@@ -39,7 +45,6 @@ function latentsTable(table, form) {
       if (first === null || second === null) return (first === null) - (second === null); // what was not measured stays last
       return descending ? compare(second, first) : compare(first, second);
     });
-    table.tBodies[0].append(...rows.map((row) => row.element));
   }
 
   function fits(row, wanted) {
@@ -54,14 +59,12 @@ function latentsTable(table, form) {
 
   function filter() {
     const wanted = [...new FormData(form)].filter(([, text]) => text !== "");
-    let shown = 0;
-    for (const row of rows) {
-      const hidden = !fits(row, wanted);
-      if (row.element.hidden !== hidden) row.element.hidden = hidden;
-      shown += !hidden;
-    }
-    form.querySelector("output").textContent = `${shown} of ${rows.length} shown`;
-    nothing.hidden = shown > 0;
+    const fitting = rows.filter((row) => fits(row, wanted));
+    table.tBodies[0].replaceChildren(...fitting.slice(0, limit).map((row) => row.element));
+    form.querySelector("output").textContent = `${fitting.length} of ${rows.length} fit`;
+    nothing.hidden = fitting.length > 0;
+    more.hidden = fitting.length <= limit;
+    more.querySelector("button").textContent = `show the other ${fitting.length - limit}`;
   }
 
   // The state lies in the address, so that going back from a latent finds the table as it was.
@@ -72,16 +75,17 @@ function latentsTable(table, form) {
   }
 
   function recall() {
-    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    const place = rows.findIndex((row) => row.element.id === decodeURIComponent(location.hash.slice(1)));
     form.reset();
-    if (!target) {
+    limit = Math.max(ROWS, place + 1);
+    if (place < 0) {
       const state = new URLSearchParams(location.hash.slice(1));
       for (const [key, text] of state) if (form.elements[key]) form.elements[key].value = text;
       const sort = state.get("sort");
       if (sort) sortBy(sort.replace(/^-/, ""), sort.startsWith("-"));
     }
     filter();
-    if (target) target.scrollIntoView({ block: "center" });
+    if (place >= 0) rows[place].element.scrollIntoView({ block: "center" });
   }
 
   for (const [place, header] of headers.entries()) {
@@ -92,13 +96,15 @@ function latentsTable(table, form) {
     button.addEventListener("click", () => {
       const again = sorted && sorted.name === names[place];
       sortBy(names[place], again ? !sorted.descending : header.classList.contains("n"));
+      filter();
       remember();
     });
     header.replaceChildren(button);
   }
-  form.addEventListener("input", () => { filter(); remember(); });
+  form.addEventListener("input", () => { limit = ROWS; filter(); remember(); });
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(() => { filter(); remember(); }));
+  more.querySelector("button").addEventListener("click", () => { limit = rows.length; filter(); });
   nothing.querySelector("button").addEventListener("click", () => form.reset());
   addEventListener("hashchange", recall);
   form.hidden = false;
