@@ -19,6 +19,7 @@ import pandas as pd
 
 from rlsae.config import AnyCorpus, FileCorpus, GeneratedCorpus, HubCorpus
 from rlsae.errors import RlsaeError
+from rlsae.hub import load_rows
 from rlsae.preferences import check_pairs, write_pairs
 from rlsae.resumable import Stage
 from rlsae.review_grammar import write_reviews
@@ -153,16 +154,7 @@ def _json_row(path: Path, number: int, line: str, fields: tuple[str, ...]) -> di
 
 
 def _read_hub(entry: HubCorpus, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    import datasets
-
-    try:
-        table = datasets.load_dataset(entry.dataset, entry.subset, split=entry.split, revision=entry.revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise RlsaeError(
-            f"cannot load the data set {entry.dataset} (split {entry.split}): {error}\n"
-            f"Offline? Download it where there is a network: "
-            f"python -c \"import datasets; datasets.load_dataset('{entry.dataset}', split='{entry.split}')\""
-        ) from None
+    table = load_rows(entry.dataset, entry.subset, entry.split, entry.revision)
     _require(fields, table.column_names, f"{entry.dataset} has no column")
     kept = [name for name in ("prompt", *fields) if name in table.column_names]
     return list(table.select_columns(kept))

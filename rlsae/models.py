@@ -6,7 +6,6 @@ The artifact is `model/`: a folder that `transformers` loads, with its tokenizer
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlsae.config import AnyModel, LocalModel, PretrainedModel
 from rlsae.errors import RlsaeError
+from rlsae.hub import unreachable
 from rlsae.resumable import Stage
 
 transformers_logging.disable_progress_bar()
@@ -108,12 +108,7 @@ def _load(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(source, Path):
             raise RlsaeError(f"transformers cannot load {source}: {error}") from None
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise RlsaeError(
-            f"cannot load {source} at revision {revision} from the hub{offline}: {error}\n"
-            "Offline? Download it first where there is a network: "
-            f"hf download {source} --revision {revision}; or copy it and give its path"
-        ) from None
+        raise unreachable("model", source, revision, error) from None
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 1:
         raise RlsaeError(f"{source} holds no tokenizer; save one beside the weights")
     if report["missing_keys"]:

@@ -46,6 +46,33 @@ def status(config_file: ConfigFile) -> None:
 
 
 @app.command()
+def prefetch(
+    config_file: ConfigFile,
+    record: Annotated[Path, typer.Option(help="File that tells what was fetched; a second run checks against it.")] = Path(
+        "prefetch.json"
+    ),
+) -> None:
+    """Download every model and data set that a configuration names, so that the workflow runs without a network.
+
+    They go into the caches of the hub's libraries (HF_HOME). Afterwards run the workflow with HF_HUB_OFFLINE=1, here or
+    where those caches have been copied to. Models are fetched as safetensors with tokenizer and configuration, no code.
+
+    Example: rlsae prefetch config.yaml
+    """
+    from rlsae import hub
+
+    found = 0
+    for wanted, fetched in hub.prefetch(load(config_file), record):
+        found += 1
+        size = fetched.bytes / 1e6
+        typer.echo(
+            f"{wanted.key}: {fetched.kind} {fetched.repository} at {fetched.revision or 'main'} = {fetched.commit}, "
+            f"{size:,.1f} MB, {fetched.digest[:19]}"
+        )
+    typer.echo(f"{found} fetched and recorded in {record}" if found else "the configuration names nothing of the hub")
+
+
+@app.command()
 def orphans(
     config_file: ConfigFile,
     delete: Annotated[bool, typer.Option("--delete", help="Delete them.")] = False,

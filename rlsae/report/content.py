@@ -219,8 +219,16 @@ def changes(study: Study) -> list[Changes]:
     found = []
     for layer, name, figures in _compared(study):
         of_pair = levels[(levels.layer == layer) & (levels.dictionary == name)]
-        shares = of_pair[["difference", "mean_shift", "linear_map", "tagged", "moved"]].mean().to_dict()
-        found.append(Changes(layer, name, figures["tags"], shares, bool(of_pair.diffuse.any())))
+        shares = of_pair[["difference", "mean_shift", "linear_map", "tagged", "moved"]].mean()
+        found.append(
+            Changes(
+                layer,
+                name,
+                figures["tags"],
+                {str(level): float(share) for level, share in shares.items()},
+                bool(of_pair.diffuse.any()),
+            )
+        )
     return found
 
 

@@ -182,9 +182,9 @@ def test_a_folder_without_a_tokenizer_is_refused(folder):
 
 def test_a_repository_that_cannot_be_reached_is_named_with_how_to_download_it_first():
     entry = ClassifierReward(kind="classifier", repository="nobody/no-such-classifier", revision="v1", label="positive")
-    with pytest.raises(RlsaeError, match=r"cannot load nobody/no-such-classifier at revision v1 from the hub") as caught:
+    with pytest.raises(RlsaeError, match="the model nobody/no-such-classifier at revision v1 from the hub") as caught:
         load_reward(entry)
-    assert "hf download nobody/no-such-classifier --revision v1" in str(caught.value)
+    assert "rlsae prefetch CONFIG" in str(caught.value)
 
 
 def test_weights_that_are_no_numbers_are_found_in_the_first_score_and_named_with_its_sample(folder):

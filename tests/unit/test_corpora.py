@@ -265,8 +265,8 @@ def test_a_data_set_that_cannot_be_loaded_is_named(dataset, changes, message):
 def test_a_data_set_that_cannot_be_reached_comes_with_the_way_to_fetch_it():
     with pytest.raises(RlsaeError) as caught:
         hub("nobody/nothing")
-    assert str(caught.value).startswith("cannot load the data set nobody/nothing (split train): ")
-    assert "load_dataset('nobody/nothing', split='train')" in str(caught.value)
+    assert str(caught.value).startswith("cannot load the data set nobody/nothing (split train) at revision main from the hub")
+    assert "rlsae prefetch CONFIG" in str(caught.value)
 
 
 def test_a_data_set_with_a_broken_file_is_named(dataset):

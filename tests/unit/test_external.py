@@ -194,9 +194,9 @@ def test_a_folder_that_holds_no_model_is_named(publish, tmp_path):
 
 
 def test_a_repository_that_cannot_be_reached_is_named_with_how_to_download_it_first(publish):
-    with pytest.raises(RlsaeError, match="cannot load nobody/no-such-model at revision main from the hub") as caught:
+    with pytest.raises(RlsaeError, match="cannot load the model nobody/no-such-model at revision main from the hub") as caught:
         publish(None, repository="nobody/no-such-model")
-    assert "hf download nobody/no-such-model --revision main" in str(caught.value)
+    assert "rlsae prefetch CONFIG" in str(caught.value)
 
 
 def test_nothing_is_published_of_a_model_that_is_refused(publish, tuned, tmp_path):

@@ -72,7 +72,7 @@ def test_windows_show_both_models_with_spaces_and_heat(plain):
     page = plain["latents/tuned-1-small-0.html"]
     assert '<mark class="h9 peak" data-v=2.00>·film⏎</mark>' in page  # the latent's own model
     assert '<mark class="h5 peak" data-v=1.00>·film⏎</mark>' in page  # the other one
-    assert '<mark class=h2 data-v=0.500>a·film</mark>' in page
+    assert "<mark class=h2 data-v=0.500>a·film</mark>" in page
     assert "<bdi>·x<wbr></bdi>" in page
 
 
