@@ -109,16 +109,24 @@ class Stage:
         temporary.replace(self.work / "state.safetensors")
 
     def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The state of an earlier, unfinished run with the same fingerprint, if there is one."""
-        from safetensors import safe_open
+        """The state of an earlier, unfinished run with the same fingerprint, if there is one.
+
+        Raises:
+            RlsaeError: the file is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
 
         path = self.work / "state.safetensors"
         if not path.exists():
             return None
-        with safe_open(path, framework="pt") as file:
-            say(f"{self.name}: continuing from the partial state in {self.work}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return tensors, json.loads(file.metadata()["values"])
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                values = json.loads(file.metadata()["values"])
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise RlsaeError(f"the partial state {path} is damaged: {error}; delete it to start the stage anew") from None
+        say(f"{self.name}: continuing from the partial state in {self.work}")
+        return tensors, values
 
     def publish(self, metrics: dict[str, Any], digests: Mapping[Path, str] | None = None) -> None:
         """Move everything staged into the artifact's folder, the manifest last, and delete the work folder.

@@ -8,20 +8,12 @@ from pathlib import Path
 
 import pytest
 
-AFTER_CORPUS = {
-    "tokens",
-    "activation_part",
-    "activation_store",
-    "rank_layers",
-    "dictionary",
-    "compare",
-    "interpret",
-    "report_study",
-}
+REPORTS = {"report_study", "report_studies"}
+AFTER_DICTIONARY = {"compare", "interpret"} | REPORTS
+AFTER_STORE = {"dictionary"} | AFTER_DICTIONARY
+AFTER_POLICY = {"activation_part", "activation_store", "rank_layers"} | AFTER_STORE
+AFTER_CORPUS = {"tokens"} | AFTER_POLICY
 AFTER_MODEL = AFTER_CORPUS | {"tune"}
-AFTER_POLICY = {"activation_part", "activation_store", "rank_layers", "dictionary", "compare", "interpret", "report_study"}
-AFTER_STORE = {"dictionary", "compare", "interpret", "report_study"}
-AFTER_DICTIONARY = {"compare", "interpret", "report_study"}
 
 
 def behind_the_checkpoint(rules):
@@ -55,7 +47,7 @@ def test_other_cores_and_jobs_rerun_nothing(run):
         ("activations.mlp.rows", 2048, {"activation_part", "activation_store"} | AFTER_STORE),
         ("activations.mlp.survey_rows", 2048, behind_the_checkpoint(AFTER_POLICY)),
         ("studies.main.layers.count", 2, {"rank_layers"}),
-        ("studies.main.interpretation.examples", 4, {"interpret", "report_study"}),
+        ("studies.main.interpretation.examples", 4, {"interpret"} | REPORTS),
     ],
 )  # fmt: skip
 def test_a_changed_setting_reruns_what_it_shapes_and_what_follows(run, key, value, expected):
@@ -125,8 +117,8 @@ def test_a_file_that_was_only_touched_reruns_nothing(run):
         ("sae/tied_relu.py", AFTER_STORE),
         ("models.py", behind_the_checkpoint({"model"} | AFTER_MODEL)),
         ("tuning/ppo.py", behind_the_checkpoint({"tune"} | AFTER_POLICY)),
-        ("interpretation/examples.py", {"interpret", "report_study"}),
-        ("report/build.py", {"report_study"}),
+        ("interpretation/examples.py", {"interpret"} | REPORTS),
+        ("report/build.py", REPORTS),
         ("config/__init__.py", set()),
     ],
 )
@@ -147,9 +139,9 @@ def test_a_comment_or_docstring_reruns_nothing(run):
     ("lost", "expected"),
     [
         ("tokens/tiny.texts/store", AFTER_CORPUS),
-        ("activations/tiny.texts/mlp/survey/store", {"activation_part", "activation_store", "rank_layers", "report_study"}),
+        ("activations/tiny.texts/mlp/survey/store", {"activation_part", "activation_store", "rank_layers"} | REPORTS),
         ("policies/tiny.ppo/manifest.json", {"tune"} | AFTER_POLICY),
-        ("comparison/main/manifest.json", {"compare", "interpret", "report_study"}),
+        ("comparison/main/manifest.json", AFTER_DICTIONARY),
     ],
 )
 def test_what_is_deleted_is_made_again(run, lost, expected):

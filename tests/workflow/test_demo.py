@@ -126,7 +126,10 @@ def test_every_number_of_the_overview_is_that_of_the_tables(demo, reports, visit
 def test_a_reader_finds_a_latent_opens_it_and_comes_back(reports, visit):
     page = visit.open(reports / "demo/latents.html")
     rows, table = page.locator("table.latents tbody tr:visible"), reports / "demo/latents.html"
-    every = rows.count()
+    every = len(list((reports / "demo/latents").iterdir()))
+    assert rows.count() == 100
+    page.get_by_role("button", name=f"show the other {every - 100}").click()
+    assert rows.count() == every
     page.get_by_role("button", name="density").click()
     shown = [float(text) for text in page.locator("tbody tr:visible td[data-label=density]").all_inner_texts()]
     assert shown == sorted(shown, reverse=True)

@@ -1,0 +1,217 @@
+"""Nothing that was downloaded or damaged can run code: no loader unpickles, and no string of a configuration is a command."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+import zarr
+from small_artifacts import random_documents, tokens_of, write_policy, write_store
+
+from rlsae.activations.store import ActivationStore
+from rlsae.config import FileCorpus
+from rlsae.corpora import read_documents
+from rlsae.errors import RlsaeError
+from rlsae.expand import load as load_config
+from rlsae.models import load, load_classifier
+from rlsae.resumable import Stage
+from rlsae.sae.dictionary import SparseAutoencoder
+from rlsae.sae.external import load_external
+
+ROOT = Path(__file__).parents[2]
+UNPICKLES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
+
+
+class Payload:
+    """Whoever unpickles it creates a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.fixture
+def evil(tmp_path):
+    """Bytes that create a folder when they are unpickled, plain and as torch writes them; afterwards it must not be there."""
+    marker = tmp_path / "executed"
+    stream = io.BytesIO()
+    torch.save({"weights": Payload(marker)}, stream)
+    yield {"plain": pickle.dumps(Payload(marker)), "torch": stream.getvalue()}
+    assert not marker.exists()
+
+
+def test_the_payload_would_have_been_seen(tmp_path):
+    pickle.loads(pickle.dumps(Payload(tmp_path / "executed")))
+    assert (tmp_path / "executed").exists()
+
+
+# --- the code ----------------------------------------------------------------------------------------------------
+
+
+def calls(path):
+    """Every call of a source file: its dotted name and keyword arguments."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "rlsae").rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_code_unpickles_runs_a_shell_or_trusts_remote_code(path):
+    for name, words in calls(path):
+        first, _, last = name.rpartition(".")
+        assert not (first.partition(".")[0] in UNPICKLES and last in ("load", "loads", "Unpickler")), name
+        assert name not in ("eval", "exec", "os.system", "os.popen"), name
+        assert name != "torch.load" or words.get("weights_only") == "True", name
+        assert words.get("allow_pickle", "False") == "False", name
+        assert words.get("shell", "False") == "False", name
+        assert words.get("trust_remote_code", "False") == "False", name
+
+
+# --- loaders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path, random_model, tokenizer):
+    return write_policy(tmp_path / "models" / "tiny", random_model("gpt_neox"), tokenizer) / "model"
+
+
+@pytest.mark.parametrize("kind", ["plain", "torch"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_model_is_read_from_safetensors_alone(model, evil, kind, name):
+    (model / "model.safetensors").unlink()
+    (model / name).write_bytes(evil[kind])
+    for read in (lambda: load(model), lambda: load_classifier(model, "main", "cpu")):
+        with pytest.raises(RlsaeError, match="cannot load"):
+            read()
+
+
+def test_code_beside_a_model_is_not_run(model, tmp_path):
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "mine.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\n")
+    with pytest.raises(RlsaeError, match="cannot load"):
+        load(model)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("kind", ["plain", "torch"])
+def test_a_dictionary_is_read_from_safetensors_alone(tmp_path, evil, kind):
+    sae = SparseAutoencoder(torch.zeros(4, 8), torch.zeros(8), torch.zeros(8, 4), torch.zeros(4))
+    sae.save(tmp_path / "sae")
+    (tmp_path / "sae" / "sae_weights.safetensors").write_bytes(evil[kind])
+    with pytest.raises(RlsaeError):
+        SparseAutoencoder.load(tmp_path / "sae")
+
+
+@pytest.mark.parametrize("kind", ["plain", "torch"])
+def test_a_dictionary_from_elsewhere_is_read_without_unpickling(tmp_path, evil, kind):
+    (tmp_path / "ae").mkdir()
+    (tmp_path / "ae" / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoder"}}))
+    (tmp_path / "ae" / "ae.pt").write_bytes(evil[kind])
+    with pytest.raises(RlsaeError):
+        load_external(tmp_path / "ae")
+
+
+def test_a_store_that_asks_for_a_codec_that_unpickles_is_refused(tmp_path, evil):
+    tokens = tokens_of(random_documents([8, 8]))
+    folder = write_store(tmp_path / "acts", tokens, {0: np.ones((16, 4), np.float32)})
+    (path,) = [file for file in folder.rglob("zarr.json") if file.parent.name == "acts" and "layer" in str(file)]
+    described = json.loads(path.read_text())
+    described["codecs"] = [{"name": "numcodecs.pickle", "configuration": {}}]
+    path.write_text(json.dumps(described))
+    for chunk in (path.parent / "c").rglob("*"):
+        if chunk.is_file():
+            chunk.write_bytes(evil["plain"])
+    (root,) = [file for file in folder.rglob("zarr.json") if file.parent.name.endswith(".zarr")]
+    consolidated = json.loads(root.read_text())
+    consolidated.pop("consolidated_metadata", None)
+    root.write_text(json.dumps(consolidated))
+    with pytest.raises((RlsaeError, ValueError, KeyError, zarr.errors.BaseZarrError)):
+        ActivationStore(folder).read(0, 0, 16)
+
+
+@pytest.mark.parametrize("kind", ["plain", "torch"])
+def test_a_partial_state_that_is_no_safetensors_is_refused(tmp_path, evil, kind):
+    with Stage("models", tmp_path / "out", {}, {}) as stage:
+        (stage.work / "state.safetensors").write_bytes(evil[kind])
+        with pytest.raises(RlsaeError, match=r"state\.safetensors is damaged: .*; delete it"):
+            stage.load_state()
+
+
+@pytest.mark.parametrize("name", ["texts.pkl", "texts.jsonl", "texts.parquet", "texts.csv", "texts.jsonl.gz"])
+def test_a_corpus_is_read_as_text(tmp_path, evil, name):
+    (tmp_path / name).write_bytes(evil["plain"])
+    with pytest.raises(RlsaeError):
+        read_documents(FileCorpus(source="file", path=str(tmp_path / name)), tmp_path / name)
+
+
+# --- strings of a configuration ------------------------------------------------------------------------------------
+
+INJECTIONS = ["$(touch MARKER)", "`touch MARKER`", "; touch MARKER;", "' ; touch MARKER ; '", '" ; touch MARKER ; "']
+INJECTIONS += ["a\ntouch MARKER\n", "two  spaces", "{wildcards} {{params}} %s"]
+
+
+def places(content, path=()):
+    """Every place of a string in a configuration."""
+    if isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from places(value, (*path, key))
+    elif isinstance(content, str):
+        yield path
+
+
+def with_string(content, path, text):
+    """A copy of a configuration with another string in one place."""
+    content = json.loads(json.dumps(content))
+    entry = content
+    for key in path[:-1]:
+        entry = entry[key]
+    entry[path[-1]] = text
+    return content
+
+
+def refused(path):
+    """What a configuration is refused with; None where it is read."""
+    try:
+        load_config(path)
+    except RlsaeError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_no_string_of_a_configuration_reaches_a_shell_unquoted(tmp_path, injection):
+    """Each is refused when the configuration is read, or stands in the commands as one word."""
+    injection = injection.replace("MARKER", str(tmp_path / "executed"))
+    content = yaml.safe_load((ROOT / "config.yaml").read_text())
+    content["corpora"]["texts"] = {"source": "file", "path": "texts.jsonl", "text_field": "body", "held_out": 0.5}
+    content["rewards"]["own"] = {"kind": "python", "path": "reward.py", "function": "reward"}
+    content["studies"]["demo"] |= {"corpus": "texts", "layers": [2]}
+    content["studies"]["demo"]["interpretation"] |= {"task": "sentiment"}
+    written, free = tmp_path / "study.yaml", 0
+    for path in list(places(content)):
+        changed = with_string(content, path, injection)
+        written.write_text(yaml.safe_dump(changed))
+        refusal = refused(written)
+        assert refusal is None or path[0] in refusal
+        content, free = (content, free) if refusal else (changed, free + 1)
+    assert free
+    written.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(tmp_path), "--keep-going"]
+    command += ["--configfile", str(written), "--cores", "2", "--show-failed-logs", "--", "corpora"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "executed").exists()
