@@ -55,6 +55,18 @@ def test_conda_and_pip_agree_on_python(project):
     assert Requirement(f"python{project['requires-python']}").specifier.contains(python.partition("=")[2] + ".0")
 
 
+def test_the_container_is_made_from_the_same_python_and_pins():
+    lines = (REPOSITORY / "envs/Dockerfile").read_text().splitlines()
+    environment = yaml.safe_load((REPOSITORY / "envs/rlsae.yaml").read_text())
+    (image,) = (line.split()[1] for line in lines if line.startswith("FROM "))
+    (python,) = (entry for entry in environment["dependencies"] if str(entry).startswith("python="))
+    assert image.startswith(python.replace("=", ":"))
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert "requirements.lock" in copied
+    assert all((REPOSITORY / name).exists() for name in copied)
+    assert not any("==" in line.replace("'^torch=='", "") for line in lines)  # versions stand in the lock file alone
+
+
 def test_every_dependency_of_the_package_is_pinned_within_its_range(lock, project):
     for requirement in map(Requirement, chain(project["dependencies"], *project["optional-dependencies"].values())):
         name = canonicalize_name(requirement.name)
