@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 
 from rlsae.cli import plant, results, stages
@@ -26,7 +27,17 @@ def main() -> None:
         if debug:
             raise
         sys.exit(f"error: {error}")
-    except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+    except Exception as error:
+        code = number_of(error)
+        if debug or code not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
-        sys.exit(f"error: cannot write {error.filename or 'the results'}: {error.strerror}; make room or choose another folder")
+        where = getattr(error, "filename", None) or "the results"
+        sys.exit(f"error: cannot write {where}: {os.strerror(code)}; make room or choose another folder")
+
+
+def number_of(error: Exception) -> int | None:
+    """The system's number of an error, also where a library that is written in Rust tells it in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
