@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,8 +30,8 @@ LONGER = {
     "dictionaries": {"small": {"epochs": 12}, "big": {"epochs": 12}},
 }
 """More work in each stage than the tests of the workflow have, so that kills meet them at work."""
-SHORTEST, LONGEST = 3.0, 16.0
-"""Seconds of a life; a second or two pass before the first job, four more before it has imported torch."""
+SHORTEST, LONGEST = 3.0, 0.25
+"""Seconds of the shortest life, as the first job starts after some two, and share of an undisturbed run of the longest."""
 ALONE = 0.2
 """Share of the kills that hit Snakemake alone."""
 STARTED = re.compile(r"^(?:local)?(?:rule|checkpoint) (\w+):(?:.*\n)+?    jobid: (\d+)", re.MULTILINE)
@@ -55,7 +56,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = kill_at_random(Path(folder), given.kills, random.Random(given.seed))
+        report = Report()
+        with suppress(KeyboardInterrupt):  # tells what has been found so far
+            kill_at_random(Path(folder), given.kills, random.Random(given.seed), report)
     print(f"{report.kills} kills in {report.runs} runs; {len(report.wrong)} runs ended otherwise than an undisturbed one")
     for line in report.wrong:
         print(line)
@@ -65,19 +68,19 @@ def main() -> None:
     sys.exit(bool(report.wrong))
 
 
-def kill_at_random(folder: Path, kills: int, rng: random.Random) -> Report:
+def kill_at_random(folder: Path, kills: int, rng: random.Random, report: Report) -> None:
     """Kill at least so many times; every run goes on to its end.
 
     Args:
         folder: empty; runs lie in it.
     """
-    whole = prepare(folder / "whole")
+    whole, started = prepare(folder / "whole"), time.monotonic()
     done = subprocess.run(command(whole), capture_output=True, text=True, env=environment(), cwd=whole)
     assert done.returncode == 0, done.stdout + done.stderr
-    expected, report = manifests(whole), Report()
+    expected, longest = manifests(whole), max(2 * SHORTEST, LONGEST * (time.monotonic() - started))
     while report.kills < kills:
         run = prepare(folder / f"run{report.runs}")
-        error = live_and_die(run, rng, report)
+        error = live_and_die(run, longest, rng, report)
         found = manifests(run)
         differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         if error or differing:
@@ -85,10 +88,9 @@ def kill_at_random(folder: Path, kills: int, rng: random.Random) -> Report:
         else:
             shutil.rmtree(run)
         report.runs += 1
-    return report
 
 
-def live_and_die(run: Path, rng: random.Random, report: Report) -> str:
+def live_and_die(run: Path, longest: float, rng: random.Random, report: Report) -> str:
     """Kill a run until it ends by itself; returns what it said where it ended with an error."""
     log = run / "log.txt"
     while True:
@@ -98,7 +100,7 @@ def live_and_die(run: Path, rng: random.Random, report: Report) -> str:
                 command(run), stdout=output, stderr=subprocess.STDOUT, env=environment(), cwd=run, start_new_session=True
             )
             try:
-                code = process.wait(rng.uniform(SHORTEST, LONGEST))
+                code = process.wait(rng.uniform(SHORTEST, longest))
             except subprocess.TimeoutExpired:
                 alone = rng.random() < ALONE
                 (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
