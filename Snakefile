@@ -20,6 +20,7 @@ report: "workflow/report/workflow.rst"
 
 # Until a run has rebuilt it, a report whose inputs have changed says so.
 onstart:
+    run_alone()
     mark_reports(CONFIG)
 
 

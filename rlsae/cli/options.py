@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rlsae.errors import RlsaeError
+from rlsae.gpus import grant
+from rlsae.progress import say
 
 Out = Annotated[Path, typer.Option(help="Folder of the artifact to write.")]
 Work = Annotated[Path | None, typer.Option(help="Folder for partial state; beside --out by default.")]
 Settings = Annotated[str, typer.Option(help="The entry's settings as JSON, as in the configuration but for paths.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")]
+Gpus = Annotated[
+    int | None, typer.Option(min=0, max=1, help="GPUs that this job may use, 0 or 1; by default whatever torch sees.")
+]
 Folder = Annotated[Path, typer.Option(help="Folder of an input artifact.")]
 MaybeFile = Annotated[Path | None, typer.Option(help="The entry's own file or folder, where it has one.")]
 Named = Annotated[list[str], typer.Option(help="KEY=FOLDER, repeated.")]
@@ -22,8 +28,10 @@ DUMP = ("hook", "layers", "rows", "rows_per_part", "dtype", "precision", "codec"
 """Settings of a dump."""
 
 
-def configure(threads: int | None) -> None:
-    """Threads and number formats of torch for this process."""
+def configure(threads: int | None, gpus: int | None) -> None:
+    """Threads, GPU and number formats of torch for this process; `RLSAE_DEVICE` overrides which device is used."""
+    if gpus is not None and "RLSAE_DEVICE" not in os.environ:
+        say(grant(gpus))
     from rlsae.compute import configure as set_up
 
     set_up(threads)

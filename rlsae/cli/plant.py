@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rlsae.cli.app import app
-from rlsae.cli.options import Out, Settings, Threads, Work, configure, read_json
+from rlsae.cli.options import Gpus, Out, Settings, Threads, Work, configure, read_json
 from rlsae.errors import RlsaeError
 from rlsae.plants.trials import Trial
 
@@ -44,14 +44,14 @@ def plant(
 
 
 @app.command()
-def plant_trial(settings: Settings, out: Out, work: Work = None, threads: Threads = None) -> None:
+def plant_trial(settings: Settings, out: Out, work: Work = None, threads: Threads = None, gpus: Gpus = None) -> None:
     """Plant known changes, train dictionaries of both models, tag in several ways, and count what is right.
 
     Example: rlsae plant-trial --out trial
         --settings '{"architecture": "topk", "variation": "rest", "documents": 500, "seed": 3}'
     """
     given = read_json(settings, "architecture", "variation", "documents", "seed")
-    configure(threads)
+    configure(threads, gpus)
     from rlsae.plants.trial import run_trial
 
     run_trial(Trial(**given), out, work)

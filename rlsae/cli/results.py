@@ -75,19 +75,24 @@ def prefetch(
 @app.command()
 def orphans(
     config_file: ConfigFile,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete them.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the artifacts.")] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Cancel the jobs.")] = False,
 ) -> None:
-    """List the artifacts in `results/` that a configuration does not name.
+    """List the artifacts in `results/` that a configuration does not name, and jobs in Slurm that a lost Snakemake left behind.
 
-    Example: rlsae orphans config.yaml --delete
+    Run it where the workflow runs. Jobs that a running Snakemake waits for are not listed.
+
+    Example: rlsae orphans config.yaml --cancel
     """
-    from rlsae import status
+    from rlsae import heads, status
 
-    found = status.orphans(load(config_file))
-    for folder in found:
-        typer.echo(str(folder))
+    folders, jobs = status.orphans(load(config_file)), heads.left_behind()
+    for orphan in [*folders, *jobs]:
+        typer.echo(str(orphan))
     if delete:
-        status.delete(found)
+        status.delete(folders)
+    if cancel:
+        heads.cancel(jobs)
 
 
 @app.command("inspect")

@@ -15,6 +15,7 @@ from rlsae.cli.app import app
 from rlsae.cli.options import (
     DUMP,
     Folder,
+    Gpus,
     MaybeFile,
     Named,
     Out,
@@ -54,12 +55,13 @@ def model(
     source: MaybeFile = None,
     corpus: Annotated[Path | None, typer.Option(help="Corpus artifact to pretrain on.")] = None,
     threads: Threads = None,
+    gpus: Gpus = None,
 ) -> None:
     """Publish a base model: pretrain it, copy a local folder, or take it from the hub.
 
     Example: rlsae model --settings '{"source": "path"}' --source ~/models/pythia-70m --out results/models/pythia
     """
-    configure(threads)
+    configure(threads, gpus)
     from rlsae.models import build_model
 
     given = read_json(settings)
@@ -81,6 +83,7 @@ def tune(
     reward_file: MaybeFile = None,
     tuned: Annotated[Path | None, typer.Option(help="Folder of an external tuned model.")] = None,
     threads: Threads = None,
+    gpus: Gpus = None,
 ) -> None:
     """Tune a base model, or take a tuned one, and evaluate what it gained.
 
@@ -88,7 +91,7 @@ def tune(
     "reward": {"kind": "lexicon"}}' --base results/models/tiny --corpus results/corpora/reviews
     --out results/policies/tiny.ppo
     """
-    configure(threads)
+    configure(threads, gpus)
     from rlsae.tuning.stage import build_policy
 
     given = read_json(settings, "tuning", "reward")
@@ -126,6 +129,7 @@ def extract(
     tokens: Folder,
     work: Annotated[Path, typer.Option(help="Folder that all parts of the dump share.")],
     threads: Threads = None,
+    gpus: Gpus = None,
 ) -> None:
     """Dump one part of a policy's activations; `rlsae consolidate` publishes them.
 
@@ -134,7 +138,7 @@ def extract(
     --policy results/models/tiny --weights results/models/tiny/model --tokens results/tokens/tiny.reviews
     --work /scratch/dump --stamp /scratch/part-0.json
     """
-    configure(threads)
+    configure(threads, gpus)
     from rlsae.activations.extract import extract_part
 
     extract_part(read_json(settings, *DUMP), part, stamp, work, policy, weights, tokens)
@@ -176,6 +180,7 @@ def divergence(
     same_as: MaybeFile = None,
     work: Work = None,
     threads: Threads = None,
+    gpus: Gpus = None,
 ) -> None:
     """Measure how far each layer moved and choose layers.
 
@@ -183,7 +188,7 @@ def divergence(
     --base-weights results/models/tiny/model --tuned-weights results/policies/tiny.ppo/model --survey-base ...
     --survey-tuned ... --tokens results/tokens/tiny.reviews --corpus results/corpora/reviews --out results/divergence/demo
     """
-    configure(threads)
+    configure(threads, gpus)
     from rlsae.divergence.stage import Policy, build_divergence
 
     surveys = {int(step): folder for step, folder in pairs(checkpoint or []).items()}
@@ -203,6 +208,7 @@ def dictionary(
     source: MaybeFile = None,
     work: Work = None,
     threads: Threads = None,
+    gpus: Gpus = None,
 ) -> None:
     """Train the sparse autoencoders of one layer, all seeds; or take one from elsewhere.
 
@@ -210,7 +216,7 @@ def dictionary(
     --activations results/activations/tiny.reviews/mlp/layers-2-3 --weights results/models/tiny/model
     --tokens results/tokens/tiny.reviews --out results/dictionaries/mine
     """
-    configure(threads)
+    configure(threads, gpus)
     from rlsae.sae.train import build_dictionaries
 
     entry = parse_settings(config.AnyDictionary, with_path(settings, source))
@@ -227,6 +233,7 @@ def compare(
     out: Out,
     work: Work = None,
     threads: Threads = None,
+    gpus: Gpus = None,
 ) -> None:
     """Test which latents changed between base and tuned, and describe how alike their dictionaries are.
 
@@ -237,7 +244,7 @@ def compare(
     --store base=results/activations/... --store tuned=... --weights base=results/models/tiny/model
     --weights tuned=results/policies/tiny.ppo/model --tokens results/tokens/tiny.reviews --out results/comparison/demo
     """
-    configure(threads)
+    configure(threads, gpus)
     from rlsae.comparison.stage import build_comparison
 
     given = read_json(settings, "dictionaries", "sizes")
@@ -261,6 +268,7 @@ def interpret(
     llm_answers: Annotated[Path | None, typer.Option(help="Folder that keeps a language model's answers.")] = None,
     work: Work = None,
     threads: Threads = None,
+    gpus: Gpus = None,
 ) -> None:
     """Explain latents and judge what is said; ablate, scale and transplant them while the models generate.
 
@@ -268,7 +276,7 @@ def interpret(
     --dictionary base/3/small=... --store base=... --base results/models/tiny --tuned results/policies/tiny.ppo
     --tuned-weights results/policies/tiny.ppo/model --corpus results/corpora/reviews --out results/interpretation/demo
     """
-    configure(threads)
+    configure(threads, gpus)
     from rlsae.interpretation.stage import Files, build_interpretation
 
     given = read_json(settings)

@@ -43,6 +43,7 @@ rule activation_part:
         "../../envs/rlsae.yaml"
     threads: 4
     resources:
+        gpu=0,
         mem_mb=8000,
         runtime=240,
         disk_mb=lambda wildcards: LAYOUT.part_megabytes(wildcards.activation, wildcards.kind, wildcards.policy),
@@ -56,7 +57,7 @@ rule activation_part:
     shell:
         "python -m rlsae extract --settings {params.settings:q} --part {wildcards.part} --stamp {output.stamp}"
         " --policy {params.policy} --weights {params.weights} --tokens {params.tokens} --work {params.work}"
-        " --threads {threads} >> {log} 2>&1"
+        " --threads {threads} --gpus {resources.gpu} >> {log} 2>&1"
 
 
 rule activation_store:

@@ -15,6 +15,7 @@ from rlsae.code_digest import code_digest
 from rlsae.config import ExternalDictionary, PretrainedModel
 from rlsae.errors import RlsaeError
 from rlsae.expand import parse_config
+from rlsae.heads import claim_results
 from rlsae.layout import SURVEY, Layout, kind_of, model_of, policy_folder, run_this_checkout, weights_folder
 from rlsae.plants.trials import all_trials
 from rlsae.status import mark_reports
@@ -25,6 +26,14 @@ try:
 except RlsaeError as error:
     raise WorkflowError(f"The configuration is not valid.\n{error}") from None
 LAYOUT = Layout(CONFIG)
+
+
+def run_alone():
+    """Refuse to run beside another Snakemake, or beside the Slurm jobs of one that is gone, on the same results."""
+    try:
+        claim_results()
+    except RlsaeError as error:
+        raise WorkflowError(str(error)) from None
 
 
 def one_of(names):

@@ -22,6 +22,7 @@ rule compare:
         "../../envs/rlsae.yaml"
     threads: 4
     resources:
+        gpu=0,
         mem_mb=8000,
         runtime=240,
     params:
@@ -32,5 +33,5 @@ rule compare:
         models=models_and_tokens,
     shell:
         "python -m rlsae compare --settings {params.settings:q} {params.dictionaries} {params.stores} {params.models}"
-        " --threads {threads}"
+        " --threads {threads} --gpus {resources.gpu}"
         " --out results/comparison/{wildcards.study} --work results/.work/comparison/{wildcards.study} >> {log} 2>&1"

@@ -34,6 +34,7 @@ rule dictionary:
         "../../envs/rlsae.yaml"
     threads: 4
     resources:
+        gpu=0,
         mem_mb=8000,
         runtime=720,
     params:
@@ -47,5 +48,5 @@ rule dictionary:
     shell:
         "python -m rlsae dictionary --settings {params.settings:q} --layer {wildcards.layer}"
         " --activations {params.activations} --weights {params.weights} --tokens {params.tokens} {params.options}"
-        " --threads {threads}"
+        " --threads {threads} --gpus {resources.gpu}"
         " --out $(dirname {output.manifest}) --work {params.work} >> {log} 2>&1"

@@ -38,6 +38,7 @@ checkpoint rank_layers:
         "../../envs/rlsae.yaml"
     threads: 2
     resources:
+        gpu=0,
         mem_mb=8000,
         runtime=240,
     params:
@@ -50,5 +51,5 @@ checkpoint rank_layers:
         same_as=lambda wildcards: option("same-as", same_as(wildcards.study)),
     shell:
         "python -m rlsae divergence --settings {params.settings:q} {params.base} {params.tuned} {params.sample}"
-        " {params.checkpoints} {params.same_as} --threads {threads}"
+        " {params.checkpoints} {params.same_as} --threads {threads} --gpus {resources.gpu}"
         " --out results/divergence/{wildcards.study} --work results/.work/divergence/{wildcards.study} >> {log} 2>&1"

@@ -40,6 +40,7 @@ rule interpret:
         "../../envs/rlsae.yaml"
     threads: 4
     resources:
+        gpu=0,
         mem_mb=8000,
         runtime=240,
     params:
@@ -50,5 +51,5 @@ rule interpret:
         policies=interpretation_policies,
     shell:
         "python -m rlsae interpret --settings {params.settings:q} --comparison results/comparison/{wildcards.study}"
-        " {params.dictionaries} {params.stores} {params.policies} --threads {threads}"
+        " {params.dictionaries} {params.stores} {params.policies} --threads {threads} --gpus {resources.gpu}"
         " --llm-answers results/.llm-answers --out results/interpretation/{wildcards.study} --work results/.work/interpretation/{wildcards.study} >> {log} 2>&1"

@@ -16,6 +16,7 @@ rule model:
         "../../envs/rlsae.yaml"
     threads: 8
     resources:
+        gpu=0,
         mem_mb=8000,
         runtime=240,
     params:
@@ -23,5 +24,5 @@ rule model:
         code=code_digest("models", "pretrain"),
         options=model_options,
     shell:
-        "python -m rlsae model --settings {params.settings:q} {params.options} --threads {threads}"
+        "python -m rlsae model --settings {params.settings:q} {params.options} --threads {threads} --gpus {resources.gpu}"
         " --out results/models/{wildcards.model} --work results/.work/models/{wildcards.model} >> {log} 2>&1"

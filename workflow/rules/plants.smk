@@ -47,13 +47,14 @@ rule plant_trial:
         "../../envs/rlsae.yaml"
     threads: 1
     resources:
+        gpu=0,
         mem_mb=4000,
         runtime=60,
     params:
         settings=plant_settings,
         code=code_digest("plants.trial"),
     shell:
-        "python -m rlsae plant-trial --settings {params.settings:q} --threads {threads}"
+        "python -m rlsae plant-trial --settings {params.settings:q} --threads {threads} --gpus {resources.gpu}"
         " --out results/plants/{wildcards.architecture}/{wildcards.variation}/documents{wildcards.documents}/seed{wildcards.seed}"
         " --work results/.work/plants/{wildcards.architecture}/{wildcards.variation}/documents{wildcards.documents}/seed{wildcards.seed}"
         " >> {log} 2>&1"

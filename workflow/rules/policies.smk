@@ -21,6 +21,7 @@ rule tune:
         "../../envs/rlsae.yaml"
     threads: 8
     resources:
+        gpu=0,
         mem_mb=16000,
         runtime=1440,
     params:
@@ -30,6 +31,6 @@ rule tune:
         files=tuning_options,
     shell:
         "python -m rlsae tune --settings {params.settings:q} --base results/models/{wildcards.model}"
-        " --corpus {params.corpus} {params.files} --threads {threads}"
+        " --corpus {params.corpus} {params.files} --threads {threads} --gpus {resources.gpu}"
         " --out results/policies/{wildcards.model}.{wildcards.tuning}"
         " --work results/.work/policies/{wildcards.model}.{wildcards.tuning} >> {log} 2>&1"

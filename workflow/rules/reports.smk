@@ -51,12 +51,9 @@ rule report_studies:
         ),
     log:
         "logs/reports/index.log",
+    localrule: True
     conda:
         "../../envs/rlsae.yaml"
-    threads: 1
-    resources:
-        mem_mb=4000,
-        runtime=30,
     params:
         code=code_digest("report"),
         studies=list(CONFIG.studies),
