@@ -57,12 +57,12 @@ class Head:
 
     def finish(self) -> str:
         """Wait for the end, which must be a good one; what it said."""
-        assert self.process.wait(timeout=420) == 0, self.said() + self.cluster.logs()
+        assert self.process.wait(timeout=1200) == 0, self.said() + self.cluster.logs()
         return self.said()
 
     def fail(self) -> str:
         """Wait for the end, which must be a bad one; what it said."""
-        assert self.process.wait(timeout=60) == 1, self.said()
+        assert self.process.wait(timeout=300) == 1, self.said()
         return self.said()
 
 
@@ -73,7 +73,7 @@ def jobs(cluster: Cluster, run: Run) -> list[tuple[str, str, str]]:
     return [(number, state, comment) for number, state, folder, comment in found if Path(folder) == run.workdir]
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {seconds} seconds"

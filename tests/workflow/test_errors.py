@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rlsae.resumable import hold
 from tests.workflow.conftest import OTHER, TINY, Run, clean_environment
 
 
@@ -143,3 +144,21 @@ def test_debug_shows_the_traceback(tmp_path):
     done = verb(tmp_path, "--debug", "corpus", "--settings", '{"source": "file"}', "--source", "absent", "--out", "out")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_a_second_run_on_the_same_results_is_refused_wherever_it_starts(fresh, tmp_path):
+    other = Run(tmp_path)
+    other.repository.symlink_to(fresh.repository)
+    other.workdir.mkdir()
+    (other.workdir / "inputs").symlink_to(fresh.workdir / "inputs")
+    (fresh.workdir / "results").mkdir(exist_ok=True)
+    (other.workdir / "results").symlink_to(fresh.workdir / "results")
+    other.write_config(TINY)
+    target = "results/corpora/texts/manifest.json"
+    with hold(fresh.workdir / "results/.lock"):
+        refused = other.snakemake("--", target)
+    assert refused.returncode == 1
+    assert f"results is in use by process {os.getpid()} on {os.uname().nodename}" in refused.stdout + refused.stderr
+    assert "Traceback" not in refused.stdout + refused.stderr
+    assert not (other.workdir / target).exists()
+    assert other.snakemake("--", target).returncode == 0  # and it left no lock behind
