@@ -1,6 +1,6 @@
 """A real Slurm of one node on this machine, with fake GPUs: everything but its programs lies in one folder.
 
-No systemd, no cgroups, no database. The node claims four cores whatever the machine has, so that jobs run side by side.
+No systemd, no cgroups, no database. The node claims eight cores whatever the machine has, so that jobs run side by side.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge"]
 PROGRAMS = ["slurmctld", "slurmd", "sbatch", "srun", "squeue", "munged"]
-GPUS = ["/dev/null", "/dev/zero"]
+GPUS = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random"]
 """Any character device will do: jobs get its number in CUDA_VISIBLE_DEVICES, and torch finds no GPU behind it."""
-CORES = 4
+CORES = 8
 NAME = "test-node"
 
 
