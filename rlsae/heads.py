@@ -6,7 +6,7 @@ A Snakemake that is killed cannot cancel its Slurm jobs: they run on and write w
 
 from __future__ import annotations
 
-import getpass
+import os
 import re
 import shutil
 import subprocess
@@ -73,7 +73,7 @@ def queued_jobs() -> list[Job]:
     if not shutil.which("squeue"):
         return []
     try:
-        listed = _ask("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%T|%j|%Z|%k")
+        listed = _ask("squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%T|%j|%Z|%k")
     except RlsaeError as error:
         say(f"jobs of an earlier run may still be in Slurm: {error}")
         return []
