@@ -32,7 +32,7 @@ def run_alone():
     """Refuse to run beside another Snakemake, or beside the Slurm jobs of one that is gone, on the same results."""
     try:
         claim_results()
-    except RlsaeError as error:
+    except (RlsaeError, OSError) as error:
         raise WorkflowError(str(error)) from None
 
 
