@@ -15,6 +15,8 @@ from rlsae.report.content import records
 from rlsae.report.study import Study
 from rlsae.report.sweep import dictionaries
 
+ENDS = ("highest", "lowest", "first")
+"""Choices of layers that Table 12 sets side by side; the paper's lowest layers are taken to be the first ones."""
 EXPLAINED = 3
 """Latents of each layer in Table 8."""
 
@@ -120,7 +122,7 @@ def _tied(studies: Sequence[Study]) -> pd.DataFrame:
 
 def _ends(studies: Sequence[Study]) -> pd.DataFrame:
     order = {study.name: study.manifests["divergence"].parameters.get("layers") for study in studies}
-    chosen = {name: how for name, how in order.items() if isinstance(how, dict) and how.get("order") in ("highest", "lowest")}
+    chosen = {name: how for name, how in order.items() if isinstance(how, dict) and how.get("order") in ENDS}
     table = _reconstruction([study for study in studies if study.name in chosen], ["dictionary"])
     layers = {study.name: " ".join(str(layer) for layer in study.chosen["layers"]) for study in studies}
     return table.assign(order=[chosen[name]["order"] for name in table.study], layers=[layers[name] for name in table.study])
@@ -192,8 +194,8 @@ TABLES: list[tuple[str, str, str, Callable[[Sequence[Study]], pd.DataFrame]]] = 
     ),
     (
         "table12",
-        "Layers of the highest and of the lowest divergence",
-        "See Table 11.",
+        "Layers of the highest divergence, and the lowest layers",
+        "See Table 11. `order` says how the layers were chosen.",
         _ends,
     ),
 ]

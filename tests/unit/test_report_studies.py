@@ -57,7 +57,9 @@ def test_the_dots_of_the_figures_are_the_numbers_of_the_studies(results, page):
 
 def test_every_dictionary_is_a_dot_between_error_and_sparsity(results, page):
     rows = pd.read_csv(results / "reports" / FOLDER / "studies-frontier.csv", keep_default_na=False)
-    assert rows.groupby("study").role.apply(list).to_dict() == {name: ["base", "tuned"] for name in ("null", "silent", "strong")}
+    assert rows.groupby("study").role.apply(list).to_dict() == {
+        name: ["base", "tuned"] for name in ("null", "silent", "strong")
+    }
     assert rows[["fvu", "l0", "dead_share"]].drop_duplicates().to_numpy().tolist() == [[0.05, 6.0, 0.01]]
     assert (rows.mmcs_floor == "").tolist() == [name == "silent" for name in rows.study]  # it has one seed
     section = re.search('id="dictionaries".*?</section>', page, re.DOTALL)[0]
