@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from rlsae.paper.published import beside
-from rlsae.paper.rows import STUDY, Exhibit, evenly, frame, interpreted, of_studies, probe_scores, probed_words, told
+from rlsae.paper.rows import STUDY, Exhibit, evenly, frame, of_studies, probe_scores, probed_words, told
 from rlsae.report.content import records
 from rlsae.report.study import Study
 from rlsae.report.sweep import dictionaries
@@ -93,11 +93,10 @@ def _overlap(studies: Sequence[Study]) -> pd.DataFrame:
 
 def _explanations(studies: Sequence[Study]) -> pd.DataFrame:
     rows = []
-    for study in studies:
-        explained = interpreted(study, "latents")
+    for who, explained in of_studies(studies, "latents"):
         best = explained[(explained.role == "tuned") & (explained.status == "scored")]
         best = best.sort_values("detection_auc", ascending=False, kind="stable").groupby("layer").head(EXPLAINED)
-        rows += [{**told(study), **row} for row in records(best.sort_values("layer", kind="stable"))]
+        rows += [{**who, **row} for row in records(best.sort_values("layer", kind="stable"))]
     return frame(rows, ["layer", "dictionary", "latent", "explanation", "detection_auc", "task_tagged"])
 
 
