@@ -305,6 +305,21 @@ def report(
     build_report(Study.find(results, study), results / "reports" / study, work)
 
 
+@app.command("paper-tables")
+def paper_tables(
+    results: Annotated[Path, typer.Option(help="Folder of all artifacts.")] = RESULTS,
+    work: Work = None,
+) -> None:
+    """Write the tables and figures of arXiv 2310.08164 from every finished study, published numbers beside ours: paper/ of the
+    results.
+
+    Example: rlsae paper-tables --results results
+    """
+    from rlsae.paper.stage import build_paper
+
+    build_paper(results, results / "paper", work)
+
+
 @app.command("report-studies")
 def report_studies(
     studies: Annotated[

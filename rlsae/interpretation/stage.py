@@ -154,6 +154,7 @@ def build_interpretation(
             "probes": probed.probes,
             "probe_predictions": probed.predictions,
             "probe_overlap": probed.overlap,
+            "probe_components": probed.components,
         }
         for name, of_name in tables.items():
             of_name.to_parquet(stage.staging / f"{name}.parquet", index=False)

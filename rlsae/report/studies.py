@@ -22,6 +22,7 @@ from rlsae.report import content, findings
 from rlsae.report.formatting import tenths
 from rlsae.report.render import render
 from rlsae.report.study import Study
+from rlsae.report.sweep import dictionaries, frontier
 
 FIGURES = {
     "reward_gain": "Gain of reward on held-out prompts",
@@ -66,7 +67,9 @@ def build_page(results: Path, names: Sequence[str]) -> None:
     )
     drawn = [_dots(rows, str(figure), list(names)) for figure, rows in table.groupby("figure", sort=False)]
     (reports / FOLDER).mkdir(exist_ok=True)
-    for figure in drawn:
+    sweep = dictionaries(studies)
+    swept = [frontier(sweep)]
+    for figure in [*drawn, *swept]:
         write_atomically(reports / FOLDER / f"{figure.name}.svg", figure.file)
         write_atomically(reports / FOLDER / f"{figure.name}.csv", figure.data.to_csv(index=False))
     page = render(
@@ -78,6 +81,8 @@ def build_page(results: Path, names: Sequence[str]) -> None:
         metrics=_metrics(studies),
         settings=differing(studies),
         figures=drawn,
+        sweep=content.records(sweep),
+        swept=swept,
         folder=FOLDER,
         shifts=list(_shifts(studies)),
         gallery=gallery(reports, list(names)),

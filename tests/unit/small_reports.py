@@ -54,6 +54,8 @@ PROBES = [
     ]
 ]
 NO_PROBE = PROBE | {"features": "tuned_sae", "value": np.nan, "ci_low": np.nan, "ci_high": np.nan, "status": "too few triples"}
+PREDICTED = [{"word": "a|b", "polarity": float(n), "prediction": float(n)} for n in (-2, -2, 1)]
+PREDICTED += [{"word": f"w{n}", "polarity": float(n), "prediction": n / 2} for n in range(20)]
 SCORE = {"mean": 0.9, "ci95": [0.87, 0.93], "latents": 4}
 SUMMARY = {"scores": {"ensemble detection": SCORE}, "other_latents_explanation": {}, "shuffled_activations": {}}
 PPO = {
@@ -214,6 +216,7 @@ def build_small_report(
         PPO | (metrics or {}),
         {"tuning": tuning, "reward": {"kind": "lexicon"}},
         {"history.parquet": {"batch": [0, 1, 2], **history}, "samples.parquet": samples},
+        inputs={"corpora/reviews": "sha256:" + "cd" * 32},
     )
     comparison = artifact(
         results / "comparison" / name,
@@ -239,6 +242,9 @@ def build_small_report(
             "summary.json": SUMMARY if keys else {name: {} for name in SUMMARY},
             "ablations.parquet": rows_of([ABLATION] if keys else [], [*ABLATION]),
             "probes.parquet": PROBES if keys else [NO_PROBE],
+            "probe_predictions.parquet": [{"features": "tuned_sae", "target": "lexicon", **word} for word in PREDICTED],
+            "probe_overlap.parquet": rows_of([], ["layer"]),
+            "probe_components.parquet": rows_of([], ["pair"]),
             "steering.parquet": rows_of([DOSE] if keys else [], [*DOSE]),
             "transplants.parquet": rows_of([TRANSPLANT] if keys else [], [*TRANSPLANT]),
             "map_directions.parquet": [DIRECTION | {"raises": f"‹ {evil}›"}] if keys else [],

@@ -16,6 +16,7 @@ from rlsae.config.probes import Probes
 from rlsae.errors import RlsaeError
 from rlsae.interpretation.probes import probe as module
 from rlsae.interpretation.probes import ridge
+from rlsae.interpretation.probes.components import principal_components
 from rlsae.interpretation.probes.overlap import lift
 from rlsae.interpretation.probes.probe import COLUMNS, PREDICTIONS, distances, exchanges, logistic_probes, ridge_probes, stem
 from rlsae.interpretation.probes.scores import Groups, auc, kendall_tau, permuted_p, r_squared, share
@@ -201,7 +202,10 @@ def test_a_logistic_probe_tells_chosen_from_rejected_where_the_features_do():
     rng = np.random.default_rng(0)
     prompts = [letters(n) for n in range(80)]
     signal = np.tile([1.0, -1.0], 80)[:, None] + rng.normal(size=(160, 6))
-    table = logistic_probes({"tuned_sae": signal, "bag_of_words": rng.normal(size=(160, 6))}, prompts).set_index("features")
+    found = logistic_probes({"tuned_sae": signal, "bag_of_words": rng.normal(size=(160, 6))}, prompts).set_index("features")
+    accuracy, table = found[found.metric == "accuracy"], found[found.metric != "accuracy"]
+    assert accuracy.value["tuned_sae"] > 0.85
+    assert accuracy.ci_low["bag_of_words"] < 0.5 < accuracy.ci_high["bag_of_words"]
     assert table.value["tuned_sae"] > 0.9
     assert table.ci_low["tuned_sae"] > 0.85
     assert table.p["tuned_sae"] == 0.001
@@ -209,6 +213,16 @@ def test_a_logistic_probe_tells_chosen_from_rejected_where_the_features_do():
     assert table.p["bag_of_words"] > 0.01
     assert table.ci_low["tuned_sae - bag_of_words"] > 0
     assert abs(table.value["shuffled"] - 0.5) < 0.2
+
+
+def test_the_first_component_is_the_direction_in_which_features_vary_most():
+    rng = np.random.default_rng(0)
+    signal = np.tile([1.0, -1.0], 80)[:, None] * np.array([[3.0, 4.0, 0.0]]) + 0.1 * rng.normal(size=(160, 3))
+    found = principal_components(signal)
+    assert abs(found.groupby("chosen")["first"].mean()).tolist() == pytest.approx([5, 5], abs=0.1)
+    assert 0.99 < found.share_first[0] < 1
+    assert principal_components(np.ones((8, 3))).empty
+    assert principal_components(signal[:2]).empty
 
 
 def test_too_few_prompts_are_a_row_with_a_status():
@@ -262,6 +276,7 @@ def test_a_corpus_of_documents_has_triples_ridge_probes_and_an_overlap(corpus, t
 def test_a_corpus_of_pairs_has_logistic_probes_too(pairs, tokenizer, random_model):
     found = tables(pairs, tokenizer, random_model)
     assert {"ridge", "logistic"} == set(found.probes.probe)
+    assert found.components.chosen.tolist() == [True, False] * (len(found.components) // 2)
 
 
 def test_a_corpus_without_words_of_the_lexicon_is_a_row_and_a_bad_file_an_error(corpus, tokenizer, random_model, tmp_path):

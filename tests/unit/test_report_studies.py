@@ -55,6 +55,17 @@ def test_the_dots_of_the_figures_are_the_numbers_of_the_studies(results, page):
     assert ablations.study.tolist() == ["null", "strong"]  # the third has none
 
 
+def test_every_dictionary_is_a_dot_between_error_and_sparsity(results, page):
+    rows = pd.read_csv(results / "reports" / FOLDER / "studies-frontier.csv", keep_default_na=False)
+    assert rows.groupby("study").role.apply(list).to_dict() == {
+        name: ["base", "tuned"] for name in ("null", "silent", "strong")
+    }
+    assert rows[["fvu", "l0", "dead_share"]].drop_duplicates().to_numpy().tolist() == [[0.05, 6.0, 0.01]]
+    assert (rows.mmcs_floor == "").tolist() == [name == "silent" for name in rows.study]  # it has one seed
+    section = re.search('id="dictionaries".*?</section>', page, re.DOTALL)[0]
+    assert section.count("<tr>") == 1 + len(rows)
+
+
 def test_one_study_stands_alone(results):
     build_page(results, ["strong"])
     page = (results / "reports" / "index.html").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, workflow.basedir)
 
-from rlsae.artifacts import canonical_json
+from rlsae.artifacts import canonical_json, digest
 from rlsae.code_digest import code_digest
 from rlsae.config import ExternalDictionary, PretrainedModel
 from rlsae.errors import RlsaeError
@@ -239,6 +239,11 @@ def targets(last):
 
 
 # --- inputs and options of single rules -----------------------------------------------------------------------------
+
+
+def finished_studies(wildcards):
+    """Digests of the studies in the results: a parameter, since as inputs they would be made again where they are stale."""
+    return [digest(path) for path in sorted(Path("results").glob("interpretation/*/manifest.json"))]
 
 
 def corpus_source(wildcards):

@@ -28,6 +28,7 @@ rule interpret:
                 "probes",
                 "probe_predictions",
                 "probe_overlap",
+                "probe_components",
             ],
         ),
         summary="results/interpretation/{study}/summary.json",

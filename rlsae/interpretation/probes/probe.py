@@ -122,7 +122,7 @@ def ridge_probes(features: Features, triples: pd.DataFrame, seed: int = 0) -> tu
 
 
 def logistic_probes(features: Features, prompts: list[str], seed: int = 0) -> pd.DataFrame:
-    """The logistic probe, chosen or rejected, of every feature set: AUC of held-out rows, in rows of `COLUMNS`.
+    """The logistic probe, chosen or rejected, of every feature set: AUC and accuracy of held-out rows, in rows of `COLUMNS`.
 
     Args:
         features: [2N, F] by name, chosen and rejected response of each pair.
@@ -154,6 +154,8 @@ def logistic_probes(features: Features, prompts: list[str], seed: int = 0) -> pd
         scores[name] = auc(score_N, label_N, units)
         p = permuted_p(scores[name].value, _swapped_auc(score_N, label_N, swapped_P))
         rows.append(_scored_row("logistic", name, "preference", "auc", scores[name], p, len(label_N), groups))
+        accuracy = share((score_N > 0) == label_N, units)
+        rows.append(_scored_row("logistic", name, "preference", "accuracy", accuracy, float("nan"), len(label_N), groups))
     for name in scores if "tuned_sae" in scores else ():
         if name != "tuned_sae":
             pair = (f"tuned_sae - {name}", "preference", "auc_difference", scores["tuned_sae"] - scores[name])

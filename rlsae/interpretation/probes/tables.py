@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlsae.config.probes import Probes
 from rlsae.corpora import DOCUMENTS, PAIRS
+from rlsae.interpretation.probes.components import COLUMNS as COMPONENT_COLUMNS
+from rlsae.interpretation.probes.components import principal_components
 from rlsae.interpretation.probes.features import Features, all_features
 from rlsae.interpretation.probes.overlap import lift
 from rlsae.interpretation.probes.probe import COLUMNS, PREDICTIONS, logistic_probes, ridge_probes
@@ -41,6 +43,8 @@ class ProbeTables:
     """Held-out ridge predictions: `PREDICTIONS` of `probe.py`."""
     overlap: pd.DataFrame
     """`lift` by layer and by what says that a reward is high: the `probe` (tuned_sae on the lexicon) or the `lexicon`."""
+    components: pd.DataFrame
+    """`principal_components` of what the logistic probe reads of tuned_sae; empty without preference pairs."""
     metrics: dict[str, Any]
     """`probe_tau` of tuned_sae on the lexicon and `probe_tau_ci95`, None where nothing is scored; `probe_triples`,
     `probe_split_triples` (with a word of several tokens)."""
@@ -48,10 +52,10 @@ class ProbeTables:
     @classmethod
     def empty(cls) -> ProbeTables:
         """Of a study that wants no probes."""
-        triples, probes, predictions, overlap = (
-            pd.DataFrame(columns=columns) for columns in (TRIPLE_COLUMNS, COLUMNS, PREDICTIONS, OVERLAP)
+        triples, probes, predictions, overlap, components = (
+            pd.DataFrame(columns=columns) for columns in (TRIPLE_COLUMNS, COLUMNS, PREDICTIONS, OVERLAP, COMPONENT_COLUMNS)
         )
-        return cls(triples, probes, predictions, overlap, {"probe_tau": None, "probe_tau_ci95": None})
+        return cls(triples, probes, predictions, overlap, components, {"probe_tau": None, "probe_tau_ci95": None})
 
 
 def build_probes(
@@ -91,16 +95,20 @@ def build_probes(
     say(f"probes: {len(triples.table)} triples, {triples.split} with a word of several tokens")
     features: Features = all_features(triples.spans, *models) if len(triples.table) else {}
     table, predictions = ridge_probes(features, triples.table, entry.seed)
-    tables = [table]
+    tables, components = [table], pd.DataFrame(columns=COMPONENT_COLUMNS)
     if pairs is not None:
         held, spans = response_spans(tokenizer, pairs[pairs.held_out].head(entry.triples), limit)
-        tables.append(logistic_probes(all_features(spans, *models) if spans else {}, held.prompt.tolist(), entry.seed))
+        of_pairs: Features = all_features(spans, *models) if spans else {}
+        tables.append(logistic_probes(of_pairs, held.prompt.tolist(), entry.seed))
+        if of_pairs:
+            components = principal_components(of_pairs["tuned_sae"])
     overlap = _overlap(features, predictions, saes, tagged) if tagged and len(predictions) else pd.DataFrame(columns=OVERLAP)
     return ProbeTables(
         triples.table[TRIPLE_COLUMNS],
         pd.concat(tables, ignore_index=True)[COLUMNS],
         predictions,
         overlap,
+        components,
         _metrics(table, triples),
     )
 
