@@ -230,12 +230,12 @@ class Layout:
         layers = self.chosen_layers(study)
         if layers is None:
             return
-        stores, trained = [], []
+        stores = [self._activations(entry, policy, kind_of(layers), tokens) for policy in policies]
+        yield from stores
+        trained = []
         for policy in policies:
-            stores.append(self._activations(entry, policy, kind_of(layers), tokens))
-            yield stores[-1]
             for layer in layers:
-                for name in entry.dictionaries:
+                for name in self.dictionaries_of(policy, entry):
                     found = self._dictionaries(entry, policy, kind_of(layers), layer, name, tokens)
                     trained.append(found[-1])
                     yield from found
@@ -282,7 +282,18 @@ class Layout:
         if entry.continues:
             behind = self._dictionaries(study, study.base, kind, layer, entry.continues, tokens)
         inputs = [store, tokens, *(artifact.folder for artifact in behind)]
+        if entry.reads != "own":
+            inputs += [self._activations(study, study.base, kind, tokens).folder, policy_folder(study.base)]
         return [*behind, Artifact("dictionaries", folder, self.dictionary_settings(name), inputs)]
+
+    def dictionaries_of(self, policy: str, study: Study) -> list[str]:
+        """The recipes of a study that are trained for a policy: of those that read the rows of both, one for the tuned."""
+        return [name for name in study.dictionaries if policy == study.tuned or not self.is_joint(name)]
+
+    def is_joint(self, dictionary: str) -> bool:
+        """Whether a recipe reads the rows of base and tuned together."""
+        entry = self.config.dictionaries[dictionary]
+        return not isinstance(entry, ExternalDictionary) and entry.reads != "own"
 
     @staticmethod
     def _files(entry: Entry, label: str) -> dict[str, Path]:

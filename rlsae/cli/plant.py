@@ -48,9 +48,9 @@ def plant_trial(settings: Settings, out: Out, work: Work = None, threads: Thread
     """Plant known changes, train dictionaries of both models, tag in several ways, and count what is right.
 
     Example: rlsae plant-trial --out trial
-        --settings '{"architecture": "topk", "variation": "rest", "documents": 500, "seed": 3}'
+        --settings '{"method": "topk", "variation": "rest", "documents": 500, "seed": 3}'
     """
-    given = read_json(settings, "architecture", "variation", "documents", "seed")
+    given = read_json(settings, "method", "variation", "documents", "seed")
     configure(threads, gpus)
     from rlsae.plants.trial import run_trial
 

@@ -206,6 +206,8 @@ def dictionary(
     out: Out,
     start: Annotated[Path | None, typer.Option(help="The base's dictionaries to go on from, for start: from_base.")] = None,
     source: MaybeFile = None,
+    base_activations: Annotated[Path | None, typer.Option(help="The base's, where `reads` is both or difference.")] = None,
+    base_weights: Annotated[Path | None, typer.Option(help="The base's transformers folder, likewise.")] = None,
     work: Work = None,
     threads: Threads = None,
     gpus: Gpus = None,
@@ -220,7 +222,8 @@ def dictionary(
     from rlsae.sae.train import build_dictionaries
 
     entry = parse_settings(config.AnyDictionary, with_path(settings, source))
-    build_dictionaries(entry, entry.settings(), layer, out, work, activations, weights, tokens, start, source)
+    given = (activations, weights, tokens, start, source, base_activations, base_weights)
+    build_dictionaries(entry, entry.settings(), layer, out, work, *given)
 
 
 @app.command()

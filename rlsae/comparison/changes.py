@@ -23,13 +23,13 @@ class PairChange:
     """What a pair of dictionaries says about the change from base to tuned."""
 
     columns: dict[str, pd.DataFrame]
-    """By role, one row per latent: `write_change` to `tag` and `scale_error`."""
+    """By role, one row per latent: `own` to `tag` and `scale_error`."""
     levels: list[dict[str, Any]]
     """How much of the difference of the rows each level holds, one row per role."""
 
 
 def pair_change(saes: dict[str, SparseAutoencoder], rows: PairedRows, maps: LinearMaps, where: torch.device) -> PairChange:
-    """Measure and test the write changes of the dictionaries of base and tuned, by role."""
+    """Measure and test the write changes of the dictionaries of base and tuned, by role; or of one that reads both."""
     changes, rank = write_changes(saes, rows, maps, where)
     tags, minimum_effect = tag_pair(changes)
     bulk = np.concatenate([found.change[~np.isnan(tags[role].q)] for role, found in changes.items()])
@@ -59,6 +59,7 @@ def pair_change(saes: dict[str, SparseAutoencoder], rows: PairedRows, maps: Line
 def _columns(found: WriteChange, tags: Tags) -> pd.DataFrame:
     return pd.DataFrame(
         {
+            "own": found.own,
             "write_change": found.change,
             "write_change_raw": found.change_raw,
             "write_ratio": found.ratio,

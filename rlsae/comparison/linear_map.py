@@ -62,14 +62,15 @@ class LinearMaps:
 
         Args:
             base_FD, tuned_FD: what the latents write in each model.
-            own: model whose write is the measure, `base` or `tuned`.
+            own: model whose write is the measure: `base`, `tuned`, or for each latent the one that writes `more`.
         """
         # Along the directions, a map of rank r moves the first r coordinates and leaves the others.
         still_FD = base_FD @ self.directions_DD
         moved_FD = still_FD + base_FD @ self.slope_DD @ self.directions_DD
         goal_FD = tuned_FD @ self.directions_DD
         distance_FR = _first_moved((goal_FD - moved_FD).square(), (goal_FD - still_FD).square())
-        own_FR = _first_moved(moved_FD.square(), still_FD.square()) if own == "base" else goal_FD.square().sum(1, keepdim=True)
+        base_FR, tuned_FR = _first_moved(moved_FD.square(), still_FD.square()), goal_FD.square().sum(1, keepdim=True)
+        own_FR = {"base": base_FR, "tuned": tuned_FR, "more": torch.maximum(base_FR, tuned_FR)}[own]
         return (distance_FR / own_FR).sqrt()
 
 

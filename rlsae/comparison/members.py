@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rlsae.activations.joint import rows_of
 from rlsae.activations.store import ActivationStore
 from rlsae.errors import RlsaeError
 from rlsae.progress import Progress
@@ -26,7 +27,7 @@ def other_role(role: str) -> str:
 
 @dataclass(frozen=True)
 class Member:
-    """One trained dictionary with what it does on the held-out rows of its own policy."""
+    """One trained dictionary with what it does on the held-out rows of what it reads."""
 
     decoder_FD: NDArray[np.float32]
     encoder_FD: NDArray[np.float32]
@@ -44,27 +45,27 @@ Members = dict[Key, Member]
 
 
 def measure_all(folders: dict[Key, Path], stores: dict[str, ActivationStore], where: torch.device) -> Members:
-    """Measure every dictionary on the held-out rows of its own policy.
+    """Measure every dictionary on the held-out rows of what it reads.
 
     Raises:
         RlsaeError: a seed was trained for one policy alone, or a dictionary reads rows of another width.
     """
-    for role, layer, name, seed in folders:
-        if (other_role(role), layer, name, seed) not in folders:
-            raise RlsaeError(
-                f"layer {layer}, dictionary {name}: seed {seed} was trained for {role} and not for {other_role(role)}"
-            )
     members: Members = {}
     progress = Progress("held-out rows", len(folders), "dictionaries")
     for (role, layer, name, seed), folder in folders.items():
         sae = SparseAutoencoder.load(folder).to(where)
-        channels = stores[role].acts(layer).shape[1]
+        if sae.reads == "own" and (other_role(role), layer, name, seed) not in folders:
+            raise RlsaeError(
+                f"layer {layer}, dictionary {name}: seed {seed} was trained for {role} and not for {other_role(role)}"
+            )
+        store = rows_of(sae.reads, role, stores)
+        channels = store.acts(layer).shape[1]
         if sae.channels != channels:
             raise RlsaeError(
-                f"{folder} reads rows of {sae.channels} channels, layer {layer} of {stores[role].path} has {channels}; "
+                f"{folder} reads rows of {sae.channels} channels, layer {layer} of {store.path} has {channels}; "
                 "compare dictionaries with the activations that they were trained on"
             )
-        members[role, layer, name, seed] = measure(sae, stores[role], layer, where)
+        members[role, layer, name, seed] = measure(sae, store, layer, where)
         progress.update()
     return members
 

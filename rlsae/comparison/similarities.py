@@ -13,10 +13,12 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
 from rlsae.comparison.matching import Matching, match, match_nearest, mmcs, percentile
 from rlsae.comparison.members import ROLES, Key, Member, Members
+from rlsae.sae.dictionary import SparseAutoencoder
 
 FLOOR_COLUMNS = ["role", "layer", "dictionary", "seed", "other_seed", "latent", "match_latent", "match_cosine_decoder"]
 Row = dict[str, Any]
@@ -33,28 +35,28 @@ class Similarities:
     floor: pd.DataFrame
     """Rows of `floor.parquet`."""
     matchings: dict[int, dict[str, Matching]]
-    """Partners of the latents, by seed and role."""
+    """Partners of the latents, by seed and role; none for a dictionary that reads the rows of both models."""
 
 
 def similarities(members: Members, layer: int, name: str) -> Similarities:
-    """MMCS of base and tuned with equal and unequal seeds, and its floor between the seeds of one model."""
-    seeds = _seeds(members, "base", layer, name)
-    same = {s: _matching(members, ("base", layer, name, s), ("tuned", layer, name, s)) for s in seeds}
+    """MMCS of base and tuned with equal and unequal seeds, and its floor between the seeds of one model.
+
+    A dictionary that reads the rows of both models has no partner, and only the floor.
+    """
+    paired, seeds = _seeds(members, "base", layer, name), _seeds(members, "tuned", layer, name)
+    same = {s: _matching(members, ("base", layer, name, s), ("tuned", layer, name, s)) for s in paired}
     crossed = [
-        _matching(members, ("base", layer, name, a), ("tuned", layer, name, b)) for a, b in itertools.permutations(seeds, 2)
+        _matching(members, ("base", layer, name, a), ("tuned", layer, name, b)) for a, b in itertools.permutations(paired, 2)
     ]
     floors = {
         (role, a, b): _matching(members, (role, layer, name, a), (role, layer, name, b))
-        for role in ROLES
+        for role in (ROLES if paired else ROLES[1:])
         for a, b in itertools.combinations(seeds, 2)
     }
     figures: dict[str, Any] = {}
     aggregates = []
-    for measure_name, matchings in [
-        ("mmcs_base_tuned", list(same.values())),
-        ("mmcs_base_tuned_other_seed", crossed),
-        ("mmcs_floor", list(floors.values())),
-    ]:
+    measured = {"mmcs_base_tuned": list(same.values()), "mmcs_base_tuned_other_seed": crossed} if paired else {}
+    for measure_name, matchings in (measured | {"mmcs_floor": list(floors.values())}).items():
         found, row = _figure(measure_name, matchings, layer=layer, dictionary=name)
         figures |= found
         aggregates.append(row)
@@ -89,6 +91,14 @@ def size_similarities(members: Members, layer: int, sizes: dict[str, str]) -> tu
             figures |= found
             rows.append(row)
     return figures, rows
+
+
+def part_columns(sae: SparseAutoencoder) -> dict[str, NDArray[Any]]:
+    """Columns of `latents.parquet` about the two parts of what each latent of a crosscoder writes: how long the tuned part is
+    beside both, and the cosine between them."""
+    base_FD, tuned_FD = sae.parts().values()
+    cosine_F = torch.nn.functional.cosine_similarity(base_FD, tuned_FD)
+    return {"norm_ratio": sae.norm_ratio().cpu().numpy(), "part_cosine": cosine_F.cpu().numpy()}
 
 
 def match_columns(own: Member, other: Member, matching: Matching, floor: NDArray[np.floating]) -> dict[str, NDArray[Any]]:

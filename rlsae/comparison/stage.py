@@ -23,8 +23,15 @@ from rlsae.comparison.linear_map import LinearMaps, fit_linear_maps
 from rlsae.comparison.members import ROLES, Key, Members, measure_all, other_role
 from rlsae.comparison.paired_rows import PairedRows
 from rlsae.comparison.replication import replicated
-from rlsae.comparison.similarities import Similarities, add_size_matches, match_columns, similarities, size_similarities
-from rlsae.comparison.transfer import KEY, transfer
+from rlsae.comparison.similarities import (
+    Similarities,
+    add_size_matches,
+    match_columns,
+    part_columns,
+    similarities,
+    size_similarities,
+)
+from rlsae.comparison.transfer import KEY, SCORES, transfer
 from rlsae.compute import device
 from rlsae.errors import RlsaeError
 from rlsae.resumable import Stage
@@ -32,9 +39,11 @@ from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.sae.train import load_members
 
 COLUMNS = """role layer dictionary seed latent firings density mean_active max_active
-    write_change write_change_raw write_ratio write_angle p q tag replicated
+    own write_change write_change_raw write_ratio write_angle p q tag replicated
     match_latent match_cosine_decoder match_cosine_encoder match_jaccard match_pearson match_size_latent match_size_cosine
-    floor_percentile scale_error density_shift""".split()
+    floor_percentile scale_error density_shift norm_ratio part_cosine""".split()
+WITHOUT_PARTNER = {"match_latent": -1, "match_size_latent": -1}
+"""Where there is no partner, or nothing to match."""
 
 
 def build_comparison(
@@ -80,21 +89,33 @@ def build_comparison(
                 floors.append(alike.floor)
                 entry["dictionaries"][name] = {**alike.figures, "tags": tag_counts(table)}
             metrics["layers"][str(layer)] = entry
-        moved = transfer(folders, opened, weights, tokens, where)
+        paired = {key: folder for key, folder in folders.items() if ("base", *key[1:]) in folders}
+        moved = transfer(paired, opened, weights, tokens, where)
         for layer, entry in metrics["layers"].items():
             for name, figures in entry["dictionaries"].items():
                 figures |= moved.figures(int(layer), name)
         table = pd.concat(latents, ignore_index=True)
         if settings["sizes"]:
             table = add_size_matches(table, members, settings["sizes"])
-        table = table[[column for column in COLUMNS if column in table]]
+        table = table.reindex(columns=COLUMNS).fillna(WITHOUT_PARTNER).astype(dict.fromkeys(WITHOUT_PARTNER, "int64"))
         table.to_parquet(stage.staging / "latents.parquet", index=False)
-        scored = pd.DataFrame(levels).join(moved.by_seed, on=KEY)
+        scored = pd.DataFrame(levels).join(pd.concat([moved.by_seed, own_scores(folders, paired)]), on=KEY)
         scored.to_parquet(stage.staging / "levels.parquet", index=False)
         counts = {"latents": "Int64"}  # of the scores there is none
         pd.DataFrame(aggregates + moved.aggregates).astype(counts).to_parquet(stage.staging / "aggregates.parquet", index=False)
         pd.concat(floors, ignore_index=True).to_parquet(stage.staging / "floor.parquet", index=False)
         stage.publish(metrics)
+
+
+def own_scores(folders: dict[Key, Path], paired: dict[Key, Path]) -> pd.DataFrame:
+    """Scores of the dictionaries that read the rows of both policies, by layer, dictionary, seed and role."""
+    found = {
+        (layer, name, seed, role): Manifest.read(path.parents[1]).metrics[path.name]
+        for (role, layer, name, seed), path in folders.items()
+        if (role, layer, name, seed) not in paired
+    }
+    rows = [dict(zip(KEY, key, strict=True)) | {score: metrics[score] for score in SCORES} for key, metrics in found.items()]
+    return pd.DataFrame(rows, columns=[*KEY, *SCORES]).set_index(KEY)
 
 
 def check_same_training_rows(dictionaries: dict[tuple[str, int, str], Path]) -> None:
@@ -127,18 +148,26 @@ def _latents(
     layer, floor = rows.layer, alike.floor.match_cosine_decoder.to_numpy(float)
     tables: dict[tuple[str, int], pd.DataFrame] = {}
     levels = []
-    for seed, matchings in alike.matchings.items():
-        saes = {role: SparseAutoencoder.load(folders[role, layer, name, seed]).to(where) for role in ROLES}
+    roles = [role for role in ROLES if any(key[:3] == (role, layer, name) for key in folders)]
+    for seed in sorted(seed for role, *place, seed in folders if [role, *place] == ["tuned", layer, name]):
+        saes = {role: SparseAutoencoder.load(folders[role, layer, name, seed]).to(where) for role in roles}
         change = pair_change(saes, rows, maps, where)
         levels += [{"layer": layer, "dictionary": name, "seed": seed} | level for level in change.levels]
-        firing = agreement(saes, rows, {role: matching.partner for role, matching in matchings.items()}, where)
-        for role in ROLES:
-            own, other = (members[either, layer, name, seed] for either in (role, other_role(role)))
+        matchings = alike.matchings.get(seed, {})
+        partners = {role: matching.partner for role, matching in matchings.items()}
+        firing = agreement(saes, rows, partners, where) if matchings else {}
+        for role in roles:
+            own = members[role, layer, name, seed]
             key = {"role": role, "layer": layer, "dictionary": name, "seed": seed, "latent": np.arange(len(own.firings))}
             active = {column: getattr(own, column) for column in ("firings", "density", "mean_active", "max_active")}
-            matched = match_columns(own, other, matchings[role], floor)
-            tables[role, seed] = pd.DataFrame({**key, **active, **matched}).join([change.columns[role], firing[role]])
-    for role in ROLES:
+            table = pd.DataFrame({**key, **active}).join(change.columns[role])
+            if matchings:
+                matched = match_columns(own, members[other_role(role), layer, name, seed], matchings[role], floor)
+                table = table.assign(**matched).join(firing[role])
+            elif saes[role].reads == "both":
+                table = table.assign(**part_columns(saes[role]))
+            tables[role, seed] = table
+    for role in roles:
         of_role = {seed: table for (of, seed), table in tables.items() if of == role}
         decoders = {seed: members[role, layer, name, seed].decoder_FD for seed in of_role}
         recurs = replicated({seed: table.tag.to_numpy() for seed, table in of_role.items()}, decoders)

@@ -57,15 +57,19 @@ def benjamini_hochberg(p: NDArray[np.floating]) -> NDArray[np.float64]:
     return q
 
 
-def kinds(role: str, ratio: NDArray[np.floating], angle: NDArray[np.floating]) -> NDArray[np.str_]:
-    """What a changed write is: gone in the other model, turned more than rescaled, or rescaled."""
-    gone = "removed" if role == "base" else "added"
+def kinds(own: str | NDArray[np.str_], ratio: NDArray[np.floating], angle: NDArray[np.floating]) -> NDArray[np.str_]:
+    """What a changed write is: gone in the other model, turned more than rescaled, or rescaled.
+
+    Args:
+        own: model whose write is the measure, `base` or `tuned`.
+    """
+    gone = np.where(np.equal(own, "base"), "removed", "added")
     turned = ratio * np.sin(np.radians(np.minimum(angle, 90))) > np.abs(ratio - 1)
     return np.where(ratio < GONE, gone, np.where(turned, "rotated", "rescaled"))
 
 
 def tag_pair(changes: dict[str, WriteChange]) -> tuple[dict[str, Tags], float]:
-    """Test the latents of both dictionaries of a pair together.
+    """Test the latents of all dictionaries of one recipe and seed together.
 
     Args:
         changes: by role of the dictionary.
@@ -74,11 +78,12 @@ def tag_pair(changes: dict[str, WriteChange]) -> tuple[dict[str, Tags], float]:
         tags by role, and τ.
     """
     testable = {role: found.firings >= MIN_FIRINGS for role, found in changes.items()}
-    tolerance = minimum_effect(np.concatenate([found.change[testable[role]] for role, found in changes.items()]))
+    tested = np.concatenate([found.change[testable[role]] for role, found in changes.items()])
+    tolerance = minimum_effect(tested)
     p = {role: found.p_values(tolerance) for role, found in changes.items()}
     adjusted = benjamini_hochberg(np.concatenate([p[role][testable[role]] for role in changes]))
     q = dict(zip(changes, np.split(adjusted, np.cumsum([tested.sum() for tested in testable.values()])[:-1]), strict=True))
-    return {role: _tags(role, found, testable[role], p[role], q[role]) for role, found in changes.items()}, tolerance
+    return {role: _tags(found, testable[role], p[role], q[role]) for role, found in changes.items()}, tolerance
 
 
 def moved_share(changes: dict[str, WriteChange]) -> float:
@@ -91,7 +96,6 @@ def moved_share(changes: dict[str, WriteChange]) -> float:
 
 
 def _tags(
-    role: str,
     found: WriteChange,
     testable: NDArray[np.bool_],
     p: NDArray[np.float64],
@@ -99,6 +103,6 @@ def _tags(
 ) -> Tags:
     q = np.full(len(p), np.nan)
     q[testable] = q_of_testable
-    tag = np.where(q <= FALSE_DISCOVERY_RATE, kinds(role, found.ratio, found.angle), "unchanged")
+    tag = np.where(q <= FALSE_DISCOVERY_RATE, kinds(found.own, found.ratio, found.angle), "unchanged")
     untested = np.where(found.firings > 0, "untestable", "dead")
     return Tags(np.where(testable, p, np.nan), q, np.where(testable, tag, untested))

@@ -23,7 +23,7 @@ from rlsae.comparison.members import ROLES, Key
 from rlsae.models import load
 from rlsae.progress import Progress
 from rlsae.sae.dictionary import SparseAutoencoder
-from rlsae.sae.evaluate import held_out_batches, replacement_costs
+from rlsae.sae.evaluate import held_out_batches, reconstruction, replacement_costs
 from rlsae.statistics import bootstrap_weights
 
 SCORES = {"fvu": "on", "ce_recovered": "in", "kl_recovered": "in"}
@@ -82,7 +82,7 @@ def transfer(
                     key = {"layer": layer, "dictionary": name, "measure": f"{score}_{role}_{SCORES[score]}_{policy}"}
                     aggregates.append({**key, "value": float(mean_X[0]), "ci_low": float(low), "ci_high": float(high)})
             progress.update(len(of_layer))
-    table = pd.DataFrame(by_seed).set_index(KEY)
+    table = pd.DataFrame(by_seed, columns=[*KEY, "own", *SCORES]).set_index(KEY)
     own_scores, other_scores = (table.loc[table.own == own, list(SCORES)] for own in (True, False))
     return Transfer(aggregates, own_scores.join(other_scores, rsuffix="_other"))
 
@@ -97,7 +97,7 @@ def _scores(
 ) -> dict[str, Array]:
     """Each score [X, S] of the dictionaries with one policy: as measured, then in resamples of the documents."""
     variance_M, error_SM = squared_errors(saes, store, layer, where)
-    costs = replacement_costs(saes, model, text, layer, store.group.attrs["hook"])
+    costs = replacement_costs([reconstruction(sae) for sae in saes], model, text, layer, store.group.attrs["hook"])
     weights_XM = _once_and_resampled(len(variance_M))
     fvu_XS = weights_XM @ error_SM.T / (weights_XM @ variance_M)[:, None]
     return {"fvu": fvu_XS, **costs.recovered(_once_and_resampled(len(costs.clean_M)))}

@@ -6,8 +6,9 @@ s_j² the variance of f_j, S = diag(s), R the correlation matrix of the code and
     W = S⁻¹ (R + λI)⁻¹ S⁻¹ E[fᵀ y]                                             ridge regression
     Δ_j = |W_j^other - W_j^own| / |W_j^own|     r_j = |W_j^other| / |W_j^own|     θ_j = ∠(W_j^other, W_j^own)
 
-own is the model that the dictionary was trained on. Δ = 1 for a removed latent, 2 sin(θ/2) for a rotated one, |r - 1| for
-a rescaled one. The ridge keeps latents that share a direction from trading their writes.
+own is the model that the dictionary was trained on; of a dictionary that reads both, the one in which the latent writes more.
+Δ = 1 for a removed latent, 2 sin(θ/2) for a rotated one, |r - 1| for a rescaled one. The ridge keeps latents that share a
+direction from trading their writes.
 
 Tokens of one document are not independent. The variance of Δ_j comes from sums over groups g of documents (the sandwich
 estimate of Liang and Zeger 1986), e being the residual of the difference of the two models' rows:
@@ -32,8 +33,9 @@ from numpy.typing import NDArray
 from scipy.stats import ncx2
 from torch import Tensor
 
+from rlsae.activations.joint import join
 from rlsae.comparison.code import Code, Gram, encode
-from rlsae.comparison.latent_scaling import scale_error
+from rlsae.comparison.latent_scaling import Part, scale_error
 from rlsae.comparison.linear_map import LinearMaps, shared_rank
 from rlsae.comparison.paired_rows import PairedRows
 from rlsae.compute import rounded_products
@@ -147,6 +149,8 @@ def cluster_variance(batches: Batches, fit: Regression, contrast_ED: Tensor) -> 
 class WriteChange:
     """How far the writes of a dictionary's latents differ between base and tuned, beyond the linear map that they share."""
 
+    own: NDArray[np.str_]
+    """Model whose write is the measure, `base` or `tuned` [F]."""
     firings: NDArray[np.int64]
     """Rows on which each latent fires [F]."""
     change: NDArray[np.float64]
@@ -177,10 +181,10 @@ class WriteChange:
 def write_changes(
     saes: dict[str, SparseAutoencoder], rows: PairedRows, maps: LinearMaps, where: torch.device
 ) -> tuple[dict[str, WriteChange], int]:
-    """Compare what the latents of a pair of dictionaries write in base and tuned.
+    """Compare what the latents of dictionaries write in base and tuned.
 
     Args:
-        saes: the dictionaries of base and tuned, by role.
+        saes: the dictionaries of base and tuned, by role; or one, of tuned, that reads the rows of both.
         maps: linear maps from base to tuned rows, of which the rank is chosen that the latents share.
 
     Returns:
@@ -191,7 +195,7 @@ def write_changes(
     changes_FR = []
     for role, fit in fits.items():
         base_FD, tuned_FD = fit.writes_FE[fit.firings_F >= MIN_FIRINGS].chunk(2, 1)
-        changes_FR.append(maps.changes(base_FD, tuned_FD, own=role))
+        changes_FR.append(maps.changes(base_FD, tuned_FD, own=role if saes[role].reads == "own" else "more"))
     rank = shared_rank(torch.cat(changes_FR))
     return {role: _compare(role, saes[role], fit, batches[role], maps, rank) for role, fit in fits.items()}, rank
 
@@ -207,12 +211,19 @@ def _coded(sae: SparseAutoencoder, role: str, rows: PairedRows, maps: LinearMaps
 
     def batches() -> Iterator[CodedBatch]:
         for number, (group, base_BD, tuned_BD, _) in enumerate(rows.batches(where)):
-            code = kept.get(number) or encode(sae, base_BD if role == "base" else tuned_BD)
+            code = kept.get(number) or encode(sae, _read(sae.reads, role, base_BD, tuned_BD))
             if code.bytes + sum(other.bytes for other in kept.values()) <= KEPT_BYTES:
                 kept[number] = code
             yield CodedBatch(group, code, torch.cat([base_BD, tuned_BD], 1).sub_(mean_E))
 
     return batches
+
+
+def _read(reads: str, role: str, base_BD: Tensor, tuned_BD: Tensor) -> Tensor:
+    """The rows that a dictionary reads."""
+    if reads != "own":
+        return join(reads, base_BD, tuned_BD)
+    return base_BD if role == "base" else tuned_BD
 
 
 def _compare(role: str, sae: SparseAutoencoder, fit: Regression, batches: Batches, maps: LinearMaps, rank: int) -> WriteChange:
@@ -222,25 +233,30 @@ def _compare(role: str, sae: SparseAutoencoder, fit: Regression, batches: Batche
     base_FD, tuned_FD = fit.writes_FE.chunk(2, 1)
     image_FD = base_FD @ matrix_DD
     difference_FD = tuned_FD - image_FD
-    own_FD, other_FD, raw_own_FD = (image_FD, tuned_FD, base_FD) if role == "base" else (tuned_FD, image_FD, tuned_FD)
-    length_F = own_FD.norm(dim=1)
-    cosine_F = torch.nn.functional.cosine_similarity(own_FD, other_FD).clamp(-1, 1)
+    base_F, tuned_F = image_FD.norm(dim=1), tuned_FD.norm(dim=1)
+    own_is_base_F = base_F > tuned_F if sae.reads != "own" else torch.full_like(base_F, role == "base", dtype=torch.bool)
+    length_F, other_F = torch.where(own_is_base_F, base_F, tuned_F), torch.where(own_is_base_F, tuned_F, base_F)
+    raw_F = torch.where(own_is_base_F, base_FD.norm(dim=1), tuned_F)
+    cosine_F = torch.nn.functional.cosine_similarity(image_FD, tuned_FD).clamp(-1, 1)
     explained = 2 * (difference_FD * (fit.cross_FE @ contrast_ED)).sum()
     explained -= (difference_FD * (fit.covariance_FF @ difference_FD)).sum()
     mean_E = fit.mean_E + torch.cat([maps.mean_base_D, maps.mean_tuned_D])
     crosses = (fit.cross_FE + torch.outer(fit.mean_F, mean_E)).chunk(2, 1)
-    own_cross_FD, other_cross_FD = crosses if role == "base" else crosses[::-1]
+    biases = sae.b_dec_D.chunk(2) if sae.reads == "both" else (sae.b_dec_D, sae.b_dec_D)
+    base, tuned = (Part(*part) for part in zip(crosses, sae.parts().values(), biases, strict=True))
+    scaling_F = scale_error(fit.covariance_FF, fit.mean_F, base, tuned, own_is_base_F)
     by_latent = {
         "change": difference_FD.norm(dim=1) / length_F,
-        "change_raw": (tuned_FD - base_FD).norm(dim=1) / raw_own_FD.norm(dim=1),
-        "ratio": other_FD.norm(dim=1) / length_F,
+        "change_raw": (tuned_FD - base_FD).norm(dim=1) / raw_F,
+        "ratio": other_F / length_F,
         "angle": torch.rad2deg(torch.arccos(cosine_F)),
         "variance": variance_F / length_F.square(),
         "energy": fit.covariance_FF.diagonal() * difference_FD.square().sum(1),
-        "scale_error": scale_error(fit.covariance_FF, fit.mean_F, own_cross_FD, other_cross_FD, sae.W_dec_FD, sae.b_dec_D),
+        "scale_error": torch.full_like(length_F, torch.nan) if sae.reads == "difference" else scaling_F,
     }
     values = {name: value_F.cpu().numpy() for name, value_F in by_latent.items()}
-    return WriteChange(firings=fit.firings_F.cpu().numpy(), freedom=freedom, explained=float(explained), **values)
+    own = np.where(own_is_base_F.cpu().numpy(), "base", "tuned")
+    return WriteChange(own, fit.firings_F.cpu().numpy(), freedom=freedom, explained=float(explained), **values)
 
 
 def p_values(

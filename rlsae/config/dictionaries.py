@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from rlsae.config.entry import IS_PATH, Entry, Positive, Seed, Share, Slug, reference
 
+CROSSCODERS = ("relu", "topk", "batchtopk")
+"""Architectures that can read the rows of two models side by side."""
 Weight = Annotated[float, Field(ge=0)]
 PositiveNumber = Annotated[float, Field(gt=0)]
 
@@ -46,6 +48,11 @@ class Dictionary(Entry):
     continues: Annotated[Slug | None, reference("dictionaries")] = Field(
         None, description="Dictionary whose autoencoders of the base policy are trained on, with start: from_base."
     )
+    reads: Literal["own", "both", "difference"] = Field(
+        "own",
+        description="Rows that it learns from: those of one policy, so that base and tuned have a dictionary each; both side "
+        "by side, which makes one crosscoder of both; or the difference tuned - base.",
+    )
     seeds: list[Seed] = Field([0, 1], min_length=1, description="One sparse autoencoder each, from one read of the rows.")
 
     @field_validator("seeds")
@@ -59,6 +66,12 @@ class Dictionary(Entry):
     def _start_is_named(self) -> Self:
         if (self.start == "from_base") != (self.continues is not None):
             raise ValueError("start: from_base and continues: NAME OF A DICTIONARY belong together")
+        if self.reads != "own" and self.start == "from_base":
+            raise ValueError(
+                f"start: from_base goes on from a dictionary of the base's rows; with reads: {self.reads} there is none"
+            )
+        if self.reads == "both" and self.architecture not in CROSSCODERS:
+            raise ValueError(f"reads: both needs one of the architectures {', '.join(CROSSCODERS)}, found {self.architecture}")
         return self
 
 
@@ -76,7 +89,17 @@ class ReluDictionary(Dictionary):
 
     architecture: Literal["relu"] = Field(description="ReLU and an L1 norm weighted by that of the decoder.")
     l1: Weight = Field(0.1, description="Weight of the L1 norm beside the squared error.")
+    shared_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of a crosscoder's latents that are designated as shared: their decoders are held equal."
+    )
+    shared_penalty: Annotated[float, Field(ge=0, le=1)] = Field(0.15, description="Their l1, as a share of that of the others.")
     sparsity_warmup_share: Share = Field(0.1, description="Share of the run over which l1 rises to its value.")
+
+    @model_validator(mode="after")
+    def _shared_by_two(self) -> Self:
+        if self.shared_share and self.reads != "both":
+            raise ValueError("shared_share: only a crosscoder (reads: both) has latents that two models share")
+        return self
 
 
 class TopKFamily(Dictionary):

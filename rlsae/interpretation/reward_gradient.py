@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlsae.beside import AnySae
 from rlsae.interpretation.interventions.effects import Place
 from rlsae.models import replace_output
-from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.tuning.fixed_prompts import FixedPrompts
 from rlsae.tuning.rollout import Rollout, next_token_logp, taken
 
@@ -45,7 +45,7 @@ class Rewarded:
 
 
 def reward_gradients(
-    place: Place, saes: Sequence[SparseAutoencoder], rewarded: Rewarded
+    place: Place, saes: Sequence[AnySae], rewarded: Rewarded
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """The derivative of each latent [F] and its standard error [F], for each dictionary of a place.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlsae.activations.joint import rows_of
 from rlsae.activations.store import ActivationStore
+from rlsae.beside import at_model
 from rlsae.comparison.kinds import KEY
 from rlsae.comparison.linear_map import LinearMaps, fit_linear_maps
 from rlsae.comparison.paired_rows import PairedRows
@@ -147,6 +150,7 @@ def build_interpretation(
             "ablations": effects.ablations,
             "steering": effects.steering,
             "transplants": effects.transplants,
+            "carried": effects.carried,
         }
         probed = _probe(entry, subject, saes, links, corpus, files.triples) if entry.probes else ProbeTables.empty()
         tables |= {
@@ -203,7 +207,7 @@ def _explain(
     progress = Progress("explain", len(saes), "dictionaries")
     for (role, layer, name), (seed, sae) in saes.items():
         key = {"role": role, "layer": layer, "dictionary": name, "seed": seed}
-        own, other = subject.stores[role], subject.stores[ROLES[role == "base"]]
+        own, other = (rows_of(sae.reads, either, subject.stores) for either in (role, ROLES[role == "base"]))
         sums = document_sums(sae, own, layer, text.positions, vocabulary.polarity_V, where)
         link = reward_links(sums, subject.rewards_T[training_T], isinstance(subject.reward, Lexicon))
         link["reward_gradient"], link["reward_gradient_error"] = gradients.get((role, layer, name), (np.nan, np.nan))
@@ -239,11 +243,12 @@ def _probe(
     corpus: Path,
     triples: Path | None,
 ) -> ProbeTables:
-    """Probes of each layer's first dictionary, which is the paper's small one where it is named first."""
+    """Probes of each layer's first dictionary of one model's rows, which is the paper's small one where it is named first."""
     assert entry.probes
     first: dict[tuple[str, int], tuple[str, SparseAutoencoder]] = {}
     for (role, layer, name), (_, sae) in saes.items():
-        first.setdefault((role, layer), (name, sae))
+        if sae.reads == "own":
+            first.setdefault((role, layer), (name, sae))
     tagged = {
         layer: links.query("role == 'tuned' and layer == @layer and dictionary == @name").task_tagged.to_numpy(bool)
         for (role, layer), (name, _) in first.items()
@@ -272,9 +277,12 @@ def _gradients(subject: Subject, saes: dict[Key, tuple[int, SparseAutoencoder]],
     found: dict[Key, Gradient] = {}
     rewarded = {role: Rewarded.by(model, prompts) for role, model in subject.models.items()}
     for role, layer in sorted({key[:2] for key in saes}):
-        keys = [key for key in saes if key[:2] == (role, layer)]
         place = Place(subject.models[role], layer, subject.hook)
-        found |= zip(keys, reward_gradients(place, [saes[key][1] for key in keys], rewarded[role]), strict=True)
+        keys = [key for key in saes if key[:2] == (role, layer)]
+        with ExitStack() as stack:
+            at = [at_model(saes[key][1], role, role, subject.models, layer, subject.hook) for key in keys]
+            seen = [stack.enter_context(context) for context in at]
+            found |= zip(keys, reward_gradients(place, seen, rewarded[role]), strict=True)
     return found
 
 

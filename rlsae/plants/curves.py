@@ -11,15 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlsae.plants.score import planted
-from rlsae.plants.trial import DIRECTIONS, SCORES, WAYS
+from rlsae.plants.trial import DIRECTIONS, SCORES
 from rlsae.plants.trials import MAIN
+from rlsae.plants.ways import PAIR_WAYS, REPLICATED, TEST
 from rlsae.plots import STYLE, standalone
 from rlsae.resumable import Stage
 
-KEY = ["architecture", "variation", "documents", "way"]
+KEY = ["method", "variation", "documents", "way"]
 DENSITIES = (0, 0.01, 0.02, 0.04, 1)
 """Edges of the bins of how often a direction fires."""
 PANEL = (2.9, 2.2)
+WAYS = (TEST, REPLICATED, *PAIR_WAYS)
 
 
 def build_curves(trials: list[Path], out: Path, work: Path | None) -> None:
@@ -42,7 +44,7 @@ def build_curves(trials: list[Path], out: Path, work: Path | None) -> None:
 
 
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
-    """Means over truth seeds of every score by architecture, plant, rows and way, with the worst of some."""
+    """Means over truth seeds of every score by method, plant, rows and way, with the worst of some."""
     groups = scores.groupby(KEY, sort=False)
     numbers = ["recall", "coverage", "recall_covered", "false_discovery", "kind_accuracy", "tagged", "rank"]
     worst = {"worst_recall_covered": groups.recall_covered.min(), "worst_false_discovery": groups.false_discovery.max()}
@@ -81,8 +83,8 @@ def _shares(directions: pd.DataFrame, by: str) -> pd.DataFrame:
 
 @rc_context(STYLE)
 def draw(tables: dict[str, pd.DataFrame]) -> Figure:
-    """Of the main architecture on the plant at rest: what each way finds by effect, density and rows."""
-    shown = {name: table[(table.architecture == MAIN) & (table.variation == "rest")] for name, table in tables.items()}
+    """Of the main method on the plant at rest: what each way finds by effect, density and rows."""
+    shown = {name: table[(table.method == MAIN) & (table.variation == "rest")] for name, table in tables.items()}
     most = shown["summary"].documents.max()
     effects, densities = (shown[name][shown[name].documents == most] for name in ("effects", "densities"))
     rows = shown["summary"].sort_values("documents", kind="stable")

@@ -12,7 +12,7 @@ its own to each model's rows. Shapes: B rows, K known directions, D channels, T 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,15 @@ from rlsae.resumable import Stage
 
 ANGLES = (15, 30, 45, 60, 90)
 TRUTH = "truth.parquet"
+OLD = "old-activations"
+"""Rows of both models on other documents, in which each direction fires as often as another one does in the new ones."""
 TOPICS = 16
 TOPIC_BOOST = 3.0
 """How much more often a direction fires in documents of its topic: what correlates directions mildly."""
 AMPLITUDE_JITTER = 0.02
 """Relative noise of the amplitudes in the tuned model."""
 ROWS_PER_PART = 1 << 20
+Map = NDArray[np.float64]
 BURSTS = 4.0
 """Shape of the gamma distribution of a direction's rate in a document; smaller is burstier."""
 
@@ -78,6 +81,10 @@ class Truth:
     """Vector that each direction writes in base; zeros for added ones."""
     tuned_KD: NDArray[np.float64]
 
+    def of_difference(self) -> Truth:
+        """The same with the vector that each direction adds to tuned - base, for dictionaries of the difference."""
+        return replace(self, base_KD=self.tuned_KD - self.base_KD, tuned_KD=self.tuned_KD - self.base_KD)
+
 
 def unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     """The same directions with length 1."""
@@ -113,9 +120,9 @@ def draw_truth(plant: Plant) -> Truth:
     return Truth(table, base_KD, turned_KD * factor[:, None])
 
 
-def draw_amplitudes(plant: Plant, density_K: NDArray[np.float64]) -> Iterator[NDArray[np.float32]]:
+def draw_amplitudes(plant: Plant, density_K: NDArray[np.float64], stream: int = 1) -> Iterator[NDArray[np.float32]]:
     """How strongly each direction fires on the rows of a document [row, K], document by document."""
-    rng = np.random.default_rng([plant.seed, 1])
+    rng = np.random.default_rng([plant.seed, stream])
     topic_K = rng.integers(TOPICS, size=plant.directions)
     for _ in range(plant.documents):
         boost_K = np.where(topic_K == rng.integers(TOPICS), TOPIC_BOOST, 1.0) / (1 + (TOPIC_BOOST - 1) / TOPICS)
@@ -124,23 +131,30 @@ def draw_amplitudes(plant: Plant, density_K: NDArray[np.float64]) -> Iterator[ND
         yield (fires * (0.5 + rng.exponential(0.6, fires.shape))).astype(np.float32)
 
 
-def draw_rows(plant: Plant) -> tuple[Truth, NDArray[np.float32], NDArray[np.float32]]:
-    """The truth, the rows of base and the rows of tuned [row, D]."""
+def draw_rows(plant: Plant, old_map_DD: Map | None = None) -> tuple[Truth, NDArray[np.float32], NDArray[np.float32], Map]:
+    """The truth, the rows of base and the rows of tuned [row, D], and the linear map.
+
+    Args:
+        old_map_DD: the map of the tuned model, to draw its rows on the documents of `OLD`.
+    """
     truth = draw_truth(plant)
+    density_K, stream = truth.table.density.to_numpy(), 1
+    if old_map_DD is not None:
+        density_K, stream = np.random.default_rng([plant.seed, 3]).permutation(density_K), 4
     rng = np.random.default_rng([plant.seed, 2])
     shape = (plant.documents, plant.document_rows, plant.channels)
     base_TBD, tuned_TBD = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    for document, amplitudes_BK in enumerate(draw_amplitudes(plant, truth.table.density.to_numpy())):
+    for document, amplitudes_BK in enumerate(draw_amplitudes(plant, density_K, stream)):
         jitter_BK = amplitudes_BK * rng.normal(1, AMPLITUDE_JITTER, amplitudes_BK.shape)
         base_TBD[document] = amplitudes_BK @ truth.base_KD
         tuned_TBD[document] = jitter_BK @ truth.tuned_KD
     base_ND, tuned_ND = base_TBD.reshape(-1, plant.channels), tuned_TBD.reshape(-1, plant.channels)
-    map_DD = _linear_map(plant, base_ND, rng)
+    map_DD = _linear_map(plant, base_ND, rng) if old_map_DD is None else old_map_DD
     tuned_ND = (tuned_ND @ map_DD).astype(np.float32)
     for acts_ND in (base_ND, tuned_ND):
         own_TD = rng.normal(0, plant.noise, (plant.documents, plant.channels))
         acts_ND += np.repeat(own_TD, plant.document_rows, axis=0) + rng.normal(0, plant.noise, acts_ND.shape)
-    return Truth(truth.table, truth.base_KD, truth.tuned_KD @ map_DD), base_ND, tuned_ND
+    return Truth(truth.table, truth.base_KD, truth.tuned_KD @ map_DD), base_ND, tuned_ND, map_DD
 
 
 def _linear_map(plant: Plant, base_ND: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float64]:
@@ -151,12 +165,23 @@ def _linear_map(plant: Plant, base_ND: NDArray[np.float32], rng: np.random.Gener
     return np.eye(plant.channels) + np.sqrt(plant.linear_share * base_ND.var(0).sum() / moved) * first_RD.T @ second_RD
 
 
-def write_plant(plant: Plant, out: Path) -> None:
-    """Write `activations/base/` and `activations/tuned/`, as the activations stage would, and `truth.parquet`."""
-    truth, base_ND, tuned_ND = draw_rows(plant)
-    for role, acts_ND in (("base", base_ND), ("tuned", tuned_ND)):
-        write_activations(out / "activations" / role, acts_ND, plant.documents, asdict(plant) | {"role": role})
+def write_plant(plant: Plant, out: Path, old: bool = False) -> None:
+    """Write `activations/base/` and `activations/tuned/`, as the activations stage would, and `truth.parquet`.
+
+    Args:
+        old: write both models' rows on older documents besides, to `old-activations/`.
+    """
+    truth, *rows, map_DD = draw_rows(plant)
+    _write_rows(plant, rows, out / "activations")
+    if old:
+        _, *rows, _ = draw_rows(plant, map_DD)
+        _write_rows(plant, rows, out / OLD)
     _write_truth(truth, out)
+
+
+def _write_rows(plant: Plant, rows: Sequence[NDArray[np.float32]], folder: Path) -> None:
+    for role, acts_ND in zip(("base", "tuned"), rows, strict=True):
+        write_activations(folder / role, acts_ND, plant.documents, asdict(plant) | {"role": role})
 
 
 def write_recovery_plant(out: Path, seed: int = 0, documents: int = 2048) -> None:

@@ -76,6 +76,29 @@ def scores(summary: dict[str, Any]) -> list[Chart]:
     return charts
 
 
+@rc_context(STYLE)
+def carried(table: pd.DataFrame) -> list[Chart]:
+    """A figure per layer: share of the gain of reward that each dictionary's latents carry, ablated and transplanted."""
+    charts = []
+    for layer, rows in table.dropna(subset=["ablated"]).groupby("layer"):
+        figure = Figure(figsize=(SMALL[0] * 1.3, 0.7 + 0.32 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        for offset, way, colour, filled in ((-0.13, "ablated", INK, "none"), (0.13, "transplanted", ACCENT, "full")):
+            for place, row in enumerate(records(rows)):
+                axes.plot([row[f"{way}_low"], row[f"{way}_high"]], [place + offset] * 2, "-", color=colour, linewidth=0.9)
+            places = [place + offset for place in range(len(rows))]
+            axes.plot(rows[way], places, "o", color=colour, fillstyle=filled, markersize=4, linewidth=0, label=way)
+        axes.axvline(0, color=INK, linewidth=0.7, linestyle=(0, (2, 2)))
+        labels = [f"{row['dictionary']}, {SETS[row['set']]} ({row['latents']})" for row in records(rows)]
+        axes.set_yticks(range(len(rows)), labels)
+        axes.invert_yaxis()
+        axes.set_xlabel("share of the gain of reward")
+        axes.legend(frameon=False)
+        title = f"Layer {layer}"
+        charts.append(chart(figure, f"carried-{layer}", title, rows, f"Share of the gain that latents carry: {title}"))
+    return charts
+
+
 def transplant_rows(transplants: pd.DataFrame) -> list[dict[str, Any]]:
     """Levels of one dictionary per layer, the last named; levels without latents are the same for all."""
     kept = transplants.drop_duplicates(["layer", "level"], keep="last")

@@ -246,6 +246,8 @@ def transfers(study: Study) -> list[Transfer]:
     found = []
     for layer, name, figures in _compared(study):
         for role, policy in study.policies.items():
+            if ("base", layer, name) not in study.dictionaries:  # it reads the rows of both policies
+                continue
             measures = [f"fvu_{role}_on_{other}" for other in study.policies]
             measures += [f"{score}_recovered_{role}_in_{other}" for score in ("ce", "kl") for other in study.policies]
             scores = [(figures[measure], figures[f"{measure}_ci95"]) for measure in measures]

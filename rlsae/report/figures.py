@@ -59,17 +59,18 @@ def training_curves(curves: dict[tuple[str, int, str], pd.DataFrame]) -> list[Ch
     charts = []
     for layer, name in dict.fromkeys((layer, name) for _, layer, name in curves):
         figure = Figure(figsize=(SMALL[0], 2.9), layout="constrained")
+        by_role = {role: curves[role, layer, name] for role in ROLE if (role, layer, name) in curves}
         for axes, column, label in zip(figure.subplots(2, sharex=True), ("mse", "l0"), ("squared error", "L0"), strict=True):
-            for role, colour in ROLE.items():
-                for _, rows in curves[role, layer, name].groupby("seed"):
-                    axes.plot(rows.step, rows[column], color=colour, linewidth=1)
+            for role, of_role in by_role.items():
+                for _, rows in of_role.groupby("seed"):
+                    axes.plot(rows.step, rows[column], color=ROLE[role], linewidth=1)
             axes.set_yscale("log", subs=[2, 5])
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_ylabel(label)
         axes.set_xlabel("step")
-        data = pd.concat({role: curves[role, layer, name] for role in ROLE}, names=["role"]).reset_index("role")
+        data = pd.concat(by_role, names=["role"]).reset_index("role")
         charts.append(chart(figure, f"training-{layer}-{name}", f"Layer {layer}, {name}", data))
     return charts
 
@@ -94,7 +95,8 @@ def cosine_dots(aggregates: pd.DataFrame) -> list[Chart]:
                 continue
             low, high = row["ci_low"], row["ci_high"]
             if row["measure"] == "mmcs_floor":
-                axes.fill_betweenx([place - 2.4, place + 0.4], low, high, color=FAINT, linewidth=0)
+                above = (rows.dictionary == row["dictionary"]).sum() - 1
+                axes.fill_betweenx([place - above - 0.4, place + 0.4], low, high, color=FAINT, linewidth=0)
             axes.plot([low, high], [place, place], color=colour)
             axes.plot(row["value"], place, "o", markersize=5, color=colour, fillstyle=filling)
             axes.annotate(number(row["value"]), (high, place), (6, 0), "data", "offset points", va="center")

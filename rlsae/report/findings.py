@@ -114,6 +114,10 @@ def changes_sentence(tags: list[Changes]) -> str:
 
 def cosine_sentences(aggregates: pd.DataFrame) -> str:
     """How alike the dictionaries of base and tuned are beside the floor, and what that does not say."""
+    paired = aggregates.dictionary[aggregates.measure == "mmcs_base_tuned"]
+    if paired.empty:
+        return "The dictionaries read the rows of both models together, so that there are none to match with each other."
+    aggregates = aggregates[aggregates.dictionary.isin(paired)]
     wide = aggregates.pivot_table(index=["layer", "dictionary"], columns="measure", values=["value", "ci_low", "ci_high"])
     same = spread(_column(wide, "value", "mmcs_base_tuned"))
     other = _column(wide, "value", "mmcs_base_tuned_other_seed")

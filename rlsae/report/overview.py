@@ -50,6 +50,7 @@ def overview(study: Study, explained: list[Latent], digests: dict[str, str]) -> 
     levels = pd.read_parquet(study.comparison / "levels.parquet")
     summary = json.loads((study.interpretation / "summary.json").read_text(encoding="utf-8"))
     ablations = pd.read_parquet(study.interpretation / "ablations.parquet")
+    carried = pd.read_parquet(study.interpretation / "carried.parquet")
     probes = pd.read_parquet(study.interpretation / "probes.parquet")
     causes, probed = findings.causes_sentence(ablations, study.name), findings.probes_sentence(probes, study.name)
     return {
@@ -98,6 +99,8 @@ def overview(study: Study, explained: list[Latent], digests: dict[str, str]) -> 
         "ablation_sets": cause_figures.SETS,
         "dose_response": cause_figures.dose_response(pd.read_parquet(study.interpretation / "steering.parquet")),
         "transplants": cause_figures.transplant_rows(pd.read_parquet(study.interpretation / "transplants.parquet")),
+        "carried": records(carried),
+        "carried_charts": cause_figures.carried(carried),
         "causes": causes,
         "probes": content.probe_rows(probes),
         "probed": probed,

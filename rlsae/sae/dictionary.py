@@ -75,14 +75,30 @@ class SparseAutoencoder:
     def channels(self) -> int:
         return self.W_dec_FD.shape[1]
 
+    @property
+    def reads(self) -> str:
+        """`own` rows of one model, or rows of `both` or the `difference` of two (rlsae/activations/joint.py)."""
+        return str(self.metadata.get("rlsae", {}).get("reads", "own"))
+
+    def parts(self) -> dict[str, Tensor]:
+        """What the latents write in each model [F, D], by role; of a crosscoder the halves of its decoder, else the whole."""
+        halves = self.W_dec_FD.chunk(2, 1) if self.reads == "both" else (self.W_dec_FD, self.W_dec_FD)
+        return dict(zip(("base", "tuned"), halves, strict=True))
+
+    def norm_ratio(self) -> Tensor:
+        """‖d_tuned‖ / (‖d_base‖ + ‖d_tuned‖) of a crosscoder's latents [F]: 0 for those of base alone, 1 of tuned alone."""
+        base_F, tuned_F = (part_FD.norm(dim=1) for part_FD in self.parts().values())
+        return tuned_F / (base_F + tuned_F)
+
     def directions(self) -> Tensor:
         """Unit vectors that the latents write [F, D]."""
         return torch.nn.functional.normalize(self.W_dec_FD, dim=1)
 
-    def reading_raw_rows(self, mean_D: Tensor, scale: float) -> SparseAutoencoder:
+    def reading_raw_rows(self, mean_D: Tensor, scale: float, metadata: dict[str, Any] | None = None) -> SparseAutoencoder:
         """The same latents from rows y, where this one reads x = (y - mean) · scale; its decoder writes y."""
         return replace(
             self,
+            metadata=metadata or self.metadata,
             W_enc_DF=self.W_enc_DF * scale,
             b_enc_F=self.b_enc_F - scale * (mean_D @ self.W_enc_DF),
             W_dec_FD=self.W_dec_FD / scale,

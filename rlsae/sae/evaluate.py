@@ -5,7 +5,7 @@ Shapes: B rows, T positions, N tokens, M documents, D channels, F latents, V voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rlsae.activations.extract import length_buckets, padded
+from rlsae.activations.joint import join
 from rlsae.activations.store import ActivationStore
 from rlsae.activations.tokens import Tokens
+from rlsae.beside import OtherRows, beside
 from rlsae.models import Hook, computed_once, load, replace_output
 from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.statistics import OUTLIER
@@ -51,20 +53,20 @@ def held_out_quality(
     Returns:
         the scores, and the share of rows at which each latent is active [F].
     """
-    rows, active, total, cosine, error = 0, 0, 0.0, 0.0, 0.0
-    squares, squares_of_decoded, products = 0.0, 0.0, 0.0
-    sum_D, sum_of_decoded_D = torch.zeros(2, sae.channels, dtype=torch.float64, device=where)
+    rows, active, total, cosine = 0, 0, 0.0, 0.0
+    squares_of_decoded, products = 0.0, 0.0
+    sum_D, sum_of_decoded_D, error_D, square_D = torch.zeros(4, sae.channels, dtype=torch.float64, device=where)
     firings_F = torch.zeros(sae.latents, dtype=torch.int64, device=where)
     norms = []
     for _, acts_BD in held_out_batches(store, layer, where):
         latents_BF = sae.encode(acts_BD)
         decoded_BD = sae.decode(latents_BF)
-        error += (decoded_BD - acts_BD).double().square().sum().item()
+        error_D += (decoded_BD - acts_BD).double().square().sum(0)
         cosine += F.cosine_similarity(decoded_BD, acts_BD).double().sum().item()
         acts_BD, decoded_BD = acts_BD.double(), decoded_BD.double()
         sum_D += acts_BD.sum(0)
         sum_of_decoded_D += decoded_BD.sum(0)
-        squares += acts_BD.square().sum().item()
+        square_D += acts_BD.square().sum(0)
         squares_of_decoded += decoded_BD.square().sum().item()
         products += (decoded_BD * acts_BD).sum().item()
         firings_F += (latents_BF > 0).sum(0)
@@ -72,7 +74,8 @@ def held_out_quality(
         total += latents_BF.double().sum().item()
         norms.append(acts_BD.norm(dim=1))
         rows += len(acts_BD)
-    fvu = error / (squares - float(sum_D.square().sum()) / rows)
+    variance_D = square_D - sum_D.square() / rows
+    fvu = float(error_D.sum() / variance_D.sum())
     mean_D = sum_D / rows
     length = squares_of_decoded - float(mean_D @ (2 * sum_of_decoded_D - sum_D))
     overlap = products - float(mean_D @ sum_of_decoded_D)
@@ -89,6 +92,9 @@ def held_out_quality(
         "outlier_share": float((norm_N > OUTLIER * norm_N.median()).double().mean()),
         "rows_held_out": rows,
     }
+    if sae.reads == "both":
+        halves = zip(("base", "tuned"), error_D.chunk(2), variance_D.chunk(2), strict=True)
+        scores |= {f"fvu_{role}": float(error_D.sum() / variance_D.sum()) for role, error_D, variance_D in halves}
     return scores, density_F
 
 
@@ -118,12 +124,12 @@ class ReplacementCosts:
 
 @torch.inference_mode()
 def replacement_costs(
-    saes: list[SparseAutoencoder], model: PreTrainedModel, tokens: Tokens, layer: int, hook: Hook
+    replacements: Sequence[Callable[[Tensor], Tensor]], model: PreTrainedModel, tokens: Tokens, layer: int, hook: Hook
 ) -> ReplacementCosts:
-    """Costs on the first held-out documents of zeros and of each dictionary's reconstruction in place of the hooked output."""
+    """Costs on the first held-out documents of zeros, and of each replacement of the hooked output acts_BTD."""
     documents = np.flatnonzero(tokens.held_out)[:CE_DOCUMENTS]
     tokens = replace(tokens, token=tokens.token[: tokens.start[documents[-1] + 1]])  # in one read
-    replacements = [torch.zeros_like, *(_reconstruction(sae) for sae in saes)]
+    replacements = [torch.zeros_like, *replacements]
     clean_M = np.zeros(len(documents))
     loss_RM, divergence_RM = np.zeros((2, len(replacements), len(documents)))
     lengths = np.diff(tokens.start)
@@ -145,16 +151,40 @@ def replacement_costs(
 
 
 def recovered(
-    saes: list[SparseAutoencoder], weights: Path, tokens_folder: Path, layer: int, hook: Hook, where: torch.device
-) -> list[dict[str, float]]:
-    """How well each dictionary serves its own model when its reconstruction replaces the hooked output."""
-    costs = replacement_costs(saes, load(weights, where)[0], Tokens.open(tokens_folder), layer, hook)
+    saes: list[SparseAutoencoder], weights: Path, tokens_folder: Path, layer: int, hook: Hook, where: torch.device,
+    base_weights: Path | None = None,
+) -> list[dict[str, float]]:  # fmt: skip
+    """How well each dictionary serves its own model when its reconstruction replaces the hooked output.
+
+    Args:
+        base_weights: of the base, which runs beside the tuned model for dictionaries that read the rows of both; what they
+            reconstruct are the tuned model's rows.
+    """
+    (model, _), tokens = load(weights, where), Tokens.open(tokens_folder)
+    if base_weights is None:
+        costs = replacement_costs([reconstruction(sae) for sae in saes], model, tokens, layer, hook)
+    else:
+        with beside(model, load(base_weights, where)[0], layer, hook) as base:
+            costs = replacement_costs([joint_reconstruction(sae, base) for sae in saes], model, tokens, layer, hook)
     scores = costs.recovered(np.ones((1, len(costs.clean_M))))
     return [{name: float(values[0, number]) for name, values in scores.items()} for number in range(len(saes))]
 
 
-def _reconstruction(sae: SparseAutoencoder) -> Callable[[Tensor], Tensor]:
+def reconstruction(sae: SparseAutoencoder) -> Callable[[Tensor], Tensor]:
+    """x̂ of rows acts_BTD."""
     return lambda acts_BTD: sae.decode(sae.encode(acts_BTD.flatten(0, 1))).view_as(acts_BTD)
+
+
+def joint_reconstruction(sae: SparseAutoencoder, base: OtherRows) -> Callable[[Tensor], Tensor]:
+    """The tuned model's part of x̂ of both models' rows; x_base + x̂ of a difference."""
+
+    def function(acts_BTD: Tensor) -> Tensor:
+        base_ND = base.acts_BTD.flatten(0, 1)
+        decoded_NE = sae.decode(sae.encode(join(sae.reads, base_ND, acts_BTD.flatten(0, 1))))
+        tuned_ND = decoded_NE.chunk(2, 1)[1] if sae.reads == "both" else base_ND + decoded_NE
+        return tuned_ND.view_as(acts_BTD)
+
+    return function
 
 
 def _log_probabilities(model: PreTrainedModel, ids_BT: Tensor, real_BT: Tensor) -> Tensor:

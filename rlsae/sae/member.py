@@ -61,15 +61,22 @@ class Member(Protocol):
 
 
 class Untied:
-    """Encoder and decoder of their own: decoder rows start as random unit vectors, the encoder as their transpose."""
+    """Encoder and decoder of their own: decoder rows start as random vectors of length 1, the encoder as their transpose.
+
+    A crosscoder (`reads: both`) has rows of two models side by side, whose decoders start equal, or unlike where the recipe
+    says `start: independent`.
+    """
 
     unit_length: ClassVar[bool] = False
 
     def __init__(self, channels: int, latents: int, entry: Dictionary, seed: int, device: torch.device) -> None:
         self.dtype: torch.dtype = getattr(torch, entry.precision)
         """Of the factors of matrix products."""
-        self.W_dec_FD = random_directions(channels, latents, seed).to(device)
-        self.W_enc_FD = self.W_dec_FD.clone()
+        self.models = 2 if entry.reads == "both" else 1
+        seeds = [seed, joint_seed(seed, 1) if entry.start == "independent" else seed][: self.models]
+        parts = [random_directions(channels // self.models, latents, of_part) for of_part in seeds]
+        self.W_enc_FD = torch.cat(parts, 1).to(device)
+        self.W_dec_FD = self.W_enc_FD / self.models
         self.b_enc_F = torch.zeros(latents, device=device)
         self.b_dec_D = torch.zeros(channels, device=device)
 
@@ -135,6 +142,18 @@ def random_directions(channels: int, latents: int, seed: int) -> Tensor:
     return normalize(torch.randn(latents, channels, generator=generator), dim=1)
 
 
-def without_parallel_part(grad_FD: Tensor, W_FD: Tensor) -> Tensor:
-    """Remove from each gradient, in place, its part along its row of unit length: a step must turn rows, not lengthen them."""
-    return grad_FD.sub_(W_FD * (grad_FD * W_FD).sum(1, keepdim=True))
+def by_model(W_FD: Tensor, models: int) -> Tensor:
+    """A view of the rows by the model that they write [F, M, D / M]."""
+    return W_FD.unflatten(1, (models, -1))
+
+
+def lengths(W_FD: Tensor, models: int = 1) -> Tensor:
+    """Σ over models of the norm of each row's part [F]: what sparsity is charged by in a crosscoder (Lindsey et al. 2024)."""
+    return by_model(W_FD, models).norm(dim=2).sum(1)
+
+
+def without_parallel_part(grad_FD: Tensor, W_FD: Tensor, models: int = 1) -> Tensor:
+    """Remove from each gradient, in place, its part along that of its row's length: a step must turn rows of length 1, and
+    shift length between models, not lengthen them."""
+    slope_FD = W_FD if models == 1 else normalize(by_model(W_FD, models), dim=2).flatten(1) / models**0.5
+    return grad_FD.sub_(slope_FD * (grad_FD * slope_FD).sum(1, keepdim=True))

@@ -1,6 +1,6 @@
 """The k largest latents of each row (Gao et al., arXiv 2406.04093).
 
-    f = TopK(ReLU(x W_encᵀ + b_enc)),   x̂ = f W_dec + b_dec,   ‖W_dec,i‖ = 1 for every latent i
+    f = TopK(ReLU(x W_encᵀ + b_enc)),   x̂ = f W_dec + b_dec,   ‖W_dec,i‖ = 1 for every latent i (a crosscoder: Σ_m ‖W_dec,i^m‖)
     L = mean over rows and channels of (x - x̂)²  +  auxk_weight · Σ ‖e - ê‖² / Σ ‖e - mean of e‖²
 
 The second term, auxk, revives dead latents: e = x - x̂ is the residual as a constant, and ê = Σ f'_i W_dec,i its
@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from rlsae.config import TopKFamily
 from rlsae.sae import activation_functions
 from rlsae.sae.activation_functions import ActivationFunction
-from rlsae.sae.member import Figures, Untied, without_parallel_part
+from rlsae.sae.member import Figures, Untied, lengths, without_parallel_part
 from rlsae.sae.sparse_code import SparseCode, largest_of_rows, sum_by_latent
 
 
@@ -51,7 +50,7 @@ class TopK(Untied):
         dead_A = torch.nonzero(self.silent_F > self.dead_rows).view(-1)
         if self.auxk_weight and len(dead_A):
             self._add_auxk(dead_A, pre_BF, acts_BD, error_BD)
-        without_parallel_part(self.W_dec_FD.grad, self.W_dec_FD)
+        without_parallel_part(self.W_dec_FD.grad, self.W_dec_FD, self.models)
         return {
             "mse": error_BD.square().mean(),
             "l1": code.value_N.sum() / rows,
@@ -105,7 +104,7 @@ class TopK(Untied):
             parameter.grad.index_add_(0, dead_A, grad)  # type: ignore[union-attr]
 
     def constrain(self) -> None:
-        normalize(self.W_dec_FD, dim=1, out=self.W_dec_FD)
+        self.W_dec_FD.div_(lengths(self.W_dec_FD, self.models).clamp_min_(1e-12)[:, None])
 
     def activation(self) -> ActivationFunction:
         return activation_functions.TopK(self.k)

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from rlsae.activations.joint import JointStore
 from rlsae.activations.store import ActivationStore, RowOrder
 from rlsae.artifacts import Manifest, artifact_id
 from rlsae.compute import device
@@ -42,6 +43,7 @@ STATE_VERSION = 2
 def build_dictionaries(
     entry: Dictionary | ExternalDictionary, settings: dict[str, Any], layer: int, out: Path, work: Path | None,
     activations: Path, weights: Path, tokens: Path, start: Path | None = None, source: Path | None = None,
+    base_activations: Path | None = None, base_weights: Path | None = None,
 ) -> None:  # fmt: skip
     """Train, export and score the dictionaries of one layer.
 
@@ -49,18 +51,20 @@ def build_dictionaries(
         activations: artifact of the store; weights: transformers folder of its policy; tokens: tokens artifact.
         start: dictionaries artifact of the base policy that training continues, for `start: from_base`.
         source: folder of an external autoencoder.
+        base_activations, base_weights: of the base policy, for a recipe that reads the rows of both.
 
     Writes `saes/seed{s}/` (SAELens format), `metrics.parquet`, the training curves, and `figures/`.
     """
     from rlsae.sae import figures  # half a second of matplotlib that other stages, which read dictionaries, need not wait for
 
     inputs = {"activations": activations, "tokens": tokens}
-    inputs |= {name: path for name, path in (("start", start), ("source", source)) if path}
+    others = ("start", start), ("source", source), ("base activations", base_activations)
+    inputs |= {name: path for name, path in others if path}
     with Stage("dictionaries", out, settings, inputs, work, STATE_VERSION) as stage:
         where = device()
-        store = ActivationStore(activations)
+        store, reads = rows_to_read(entry, activations, base_activations, base_weights), getattr(entry, "reads", "own")
         check_rows(store, layer)
-        facts: dict[str, Any] = {"layer": layer, "settings": settings}
+        facts: dict[str, Any] = {"layer": layer, "settings": settings, "reads": reads}
         facts["activations"] = stage.inputs[artifact_id(activations, "activations")]
         curves, scores = pd.DataFrame(columns=["seed", "step", "mse", "l1", "l0"]), {}
         if isinstance(entry, ExternalDictionary):
@@ -80,9 +84,8 @@ def build_dictionaries(
             scores = {"rows_trained": order.steps * entry.batch_rows, "rows_digest": rows_digest(order)}
         curves.to_parquet(stage.staging / "metrics.parquet", index=False)
         hook, modules = store.group.attrs["hook"], store.group.attrs["modules"]
-        replaced = recovered(list(saes.values()), weights, tokens, layer, hook, where)
         metrics, densities = {}, {}
-        for (seed, sae), in_the_model in zip(saes.items(), replaced, strict=True):
+        for seed, sae in saes.items():
             metadata = {
                 **sae.metadata,
                 "model_name": store.group.attrs["policy"],
@@ -91,10 +94,14 @@ def build_dictionaries(
                 "training_architecture": entry.architecture,
                 "rlsae": {"seed": seed, **facts},
             }
-            quality, density_F = held_out_quality(sae, store, layer, where)
-            replace(sae, metadata=metadata).save(stage.staging / SAES / f"seed{seed}", density_F)
-            metrics[f"seed{seed}"] = {**quality, **in_the_model, **scores}
+            saes[seed] = replace(sae, metadata=metadata)
+            quality, density_F = held_out_quality(saes[seed], store, layer, where)
+            saes[seed].save(stage.staging / SAES / f"seed{seed}", density_F)
+            metrics[f"seed{seed}"] = {**quality, **scores}
             densities[seed] = density_F.cpu().numpy()
+        replaced = recovered(list(saes.values()), weights, tokens, layer, hook, where, base_weights)
+        for of_seed, in_the_model in zip(metrics.values(), replaced, strict=True):
+            of_seed |= in_the_model
         figures.save(stage.staging / "figures", densities, curves)
         stage.details["device"] = str(where)
         stage.publish(metrics)
@@ -156,13 +163,31 @@ def train(
     return pd.DataFrame(curve)
 
 
+def rows_to_read(
+    entry: Dictionary | ExternalDictionary, activations: Path, base_activations: Path | None, base_weights: Path | None
+) -> ActivationStore:
+    """
+    Raises:
+        RlsaeError: the recipe reads the rows of both models, and what it needs of the base was not given.
+    """
+    own = ActivationStore(activations)
+    if isinstance(entry, ExternalDictionary) or entry.reads == "own":
+        return own
+    if base_activations is None or base_weights is None:
+        raise RlsaeError(f"reads: {entry.reads} needs the base's activations and model (--base-activations, --base-weights)")
+    return JointStore(ActivationStore(base_activations), own, entry.reads)
+
+
 def new_members(entry: Dictionary, channels: int, policy: str, where: torch.device) -> dict[int, Member]:
     """A member before its first step for every seed.
+
+    Args:
+        channels: of the rows that it reads, both models' of a crosscoder.
 
     Raises:
         RlsaeError: the recipe asks for more active latents than there are.
     """
-    latents = max(1, round(entry.expansion * channels))
+    latents = max(1, round(entry.expansion * (channels // 2 if entry.reads == "both" else channels)))
     key, wanted = "k", 0.0
     if isinstance(entry, TopKFamily):
         wanted = entry.k

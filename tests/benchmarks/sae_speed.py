@@ -102,11 +102,17 @@ def ratio(times: dict[str, list[float]], name: str, ours: str = "rlsae") -> floa
     return statistics.median(other / own for other, own in zip(times[name], times[ours], strict=True))
 
 
-def report(times: dict[str, list[float]], batch_rows: int) -> None:
-    print("| | thousand rows/s, median [slowest, fastest] | rlsae is so many times as fast |\n|---|---|---|")
+def table(times: dict[str, list[float]], batch_rows: int, ours: str = "rlsae") -> None:
+    print(f"| | thousand rows/s, median [slowest, fastest] | {ours} is so many times as fast |\n|---|---|---|")
     for name, seconds in times.items():
         rates = [batch_rows / value / 1e3 for value in seconds]
-        print(f"| {name} | {statistics.median(rates):.1f} [{min(rates):.1f}, {max(rates):.1f}] | {ratio(times, name):.2f} |")
+        print(
+            f"| {name} | {statistics.median(rates):.1f} [{min(rates):.1f}, {max(rates):.1f}] | {ratio(times, name, ours):.2f} |"
+        )
+
+
+def report(times: dict[str, list[float]], batch_rows: int) -> None:
+    table(times, batch_rows)
     shipped, given = (
         min(ratio(times, name) for name in times if name.startswith(tuple(PEERS["topk"])) and ("same" in name) == same)
         for same in (False, True)

@@ -58,6 +58,14 @@ class Options:
     out: str | None = None
     round_steps: int = 0
     """Steps of a round; 0: train in one go."""
+    crosscoder: str = ""
+    """Train a crosscoder, on rows of two models of so many channels side by side: its published implementation lies in this
+    folder."""
+
+    @property
+    def width(self) -> int:
+        """Of a row."""
+        return self.channels * (2 if self.crosscoder else 1)
 
 
 class Rows:
@@ -68,7 +76,7 @@ class Rows:
         if options.rows:
             self.rows_ND = np.load(options.rows)
         else:
-            self.rows_ND = np.random.default_rng(0).standard_normal((16 * self.batch_rows, options.channels), np.float32)
+            self.rows_ND = np.random.default_rng(0).standard_normal((16 * self.batch_rows, options.width), np.float32)
         self.shape = self.rows_ND.shape
         self.per_epoch = len(self.rows_ND) // self.batch_rows
         self._order = np.arange(len(self.rows_ND))
@@ -114,13 +122,14 @@ def rlsae(options: Options, rows: Rows) -> None:
         "jumprelu": {"l0": options.k, "l0_weight": options.sparsity},
         "matryoshka": {"k": options.k} | ({"prefixes": [0.25, 0.5, 1.0]} if options.variant == "quarter" else {}),
     }.get(options.architecture, {"k": options.k})
+    settings |= {"reads": "both"} if options.crosscoder else {}
     entry = parse_settings(AnyDictionary, json.dumps(settings))
-    members = new_members(entry, options.channels, "benchmark", torch.device("cpu"))
+    members = new_members(entry, options.width, "benchmark", torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder, Stage("benchmark", Path(folder) / "out", {}, {}) as stage:
-        scale = options.channels**-0.5 if members[options.seed].unit_length else 1.0
-        train(members, rows, entry, torch.zeros(options.channels), scale, stage)  # type: ignore[arg-type]
+        scale = options.width**-0.5 if members[options.seed].unit_length else 1.0
+        train(members, rows, entry, torch.zeros(options.width), scale, stage)  # type: ignore[arg-type]
     if options.out:
-        sae = members[options.seed].export().reading_raw_rows(torch.zeros(options.channels), scale)
+        sae = members[options.seed].export().reading_raw_rows(torch.zeros(options.width), scale)
         sae.save(Path(options.out))
 
 
@@ -227,6 +236,27 @@ def sparsify(options: Options, rows: Rows) -> None:
         coder.save_to_disk(options.out)
 
 
+def crosscoder(options: Options, rows: Rows) -> None:
+    """`CrossCoder` of ckkissane/crosscoder-model-diff-replication, and the step of its `Trainer`, which wants models."""
+    sys.path.insert(0, options.crosscoder)
+    from crosscoder import CrossCoder
+
+    config = {"dict_size": options.latents, "d_in": options.channels, "enc_dtype": "fp32", "dec_init_norm": 0.08}
+    model = CrossCoder(config | {"seed": options.seed, "device": "cpu"})
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.999))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    for acts_BE in rows.tensors():
+        losses = model.get_losses(acts_BE.view(-1, 2, options.channels))
+        loss = losses.l2_loss + options.sparsity * losses.l1_loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        for figure in (loss, *losses):
+            figure.mean().item()
+
+
 def products(options: Options, rows: Rows) -> None:
     """The matrix products alone that a dense step needs: all five, or with `architecture: encoder` the first."""
     dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
@@ -234,7 +264,7 @@ def products(options: Options, rows: Rows) -> None:
         from rlsae import compute
 
         compute.configure()
-    B, D, F = options.batch_rows, options.channels, options.latents
+    B, D, F = options.batch_rows, options.width, options.latents
     W_FD, grad_FD = (torch.randn(F, D, dtype=dtype) for _ in range(2))
     latents_BF, grad_BF = (torch.randn(B, F, dtype=dtype) for _ in range(2))
     error_BD = torch.randn(B, D, dtype=dtype)
@@ -250,7 +280,12 @@ def products(options: Options, rows: Rows) -> None:
 
 
 LIBRARIES = SimpleNamespace(
-    rlsae=rlsae, sae_lens=sae_lens, dictionary_learning=dictionary_learning, sparsify=sparsify, products=products
+    rlsae=rlsae,
+    sae_lens=sae_lens,
+    dictionary_learning=dictionary_learning,
+    sparsify=sparsify,
+    crosscoder=crosscoder,
+    products=products,
 )
 
 

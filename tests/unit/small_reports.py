@@ -40,6 +40,8 @@ ABLATION |= {"ci_low": -0.52, "ci_high": -0.31, "random_change": -0.02, "random_
 ABLATION |= {"random_quantile": 0.97}
 DOSE = {"policy": "tuned", "layer": 1, "dictionary": "small", "set": "reward", "gain": 2.0, "reward": 1.7}
 DOSE |= {"reward_low": 1.6, "reward_high": 1.8}
+CARRIED = {"layer": 1, "dictionary": "small", "seed": 0, "reads": "own", "set": "reward", "latents": 3, "ablated": 0.4}
+CARRIED |= {"ablated_low": 0.3, "ablated_high": 0.5, "transplanted": 0.1, "transplanted_low": 0.0, "transplanted_high": 0.2}
 TRANSPLANT = {"layer": 1, "dictionary": "small", "level": "map", "latents": 0, "reward": 0.4, "share": 0.21}
 TRANSPLANT |= {"share_low": 0.17, "share_high": 0.26, "kl": 0.5}
 PROBE = {"probe": "ridge", "target": "lexicon", "metric": "tau", "p": 0.005, "status": "scored"}
@@ -161,6 +163,7 @@ def build_small_report(
     matched = changed | {
         "density": 0.01,
         "match_cosine_decoder": 0.8,
+        "norm_ratio": np.nan,
         "floor_percentile": np.nan if len(seeds) == 1 else 90.0,
     }
     tags = TAGS | {"replicated": 3 if len(seeds) > 1 else None}
@@ -247,6 +250,7 @@ def build_small_report(
             "probe_components.parquet": rows_of([], ["pair"]),
             "steering.parquet": rows_of([DOSE] if keys else [], [*DOSE]),
             "transplants.parquet": rows_of([TRANSPLANT] if keys else [], [*TRANSPLANT]),
+            "carried.parquet": rows_of([CARRIED] if keys else [], [*CARRIED]),
             "map_directions.parquet": [DIRECTION | {"raises": f"‹ {evil}›"}] if keys else [],
         },
         input_digests({str(label): made for label, made in made_from}),

@@ -22,10 +22,10 @@ CPU = torch.device("cpu")
 LATENTS = {"small": 6, "big": 10}
 KEY = ["role", "layer", "dictionary", "seed", "latent"]
 ACTIVITY = ["firings", "density", "mean_active", "max_active"]
-CHANGES = "write_change write_change_raw write_ratio write_angle p q tag replicated".split()
+CHANGES = "own write_change write_change_raw write_ratio write_angle p q tag replicated".split()
 MATCHES = "match_latent match_cosine_decoder match_cosine_encoder match_jaccard match_pearson".split()
 SIZE_MATCHES = ["match_size_latent", "match_size_cosine"]
-DESCRIPTION = ["floor_percentile", "scale_error", "density_shift"]
+DESCRIPTION = ["floor_percentile", "scale_error", "density_shift", "norm_ratio", "part_cosine"]
 DEAD = 2
 """A latent of every dictionary that never fires."""
 PARTNERLESS = -1
@@ -252,7 +252,7 @@ def test_a_study_without_sizes_has_no_figures_of_sizes(compare):
     metrics = Manifest.read(out).metrics
     assert all("sizes" not in entry for entry in metrics["layers"].values())
     assert not pd.read_parquet(out / "aggregates.parquet").measure.str.startswith("mmcs_small_big").any()
-    assert list(pd.read_parquet(out / "latents.parquet").columns) == KEY + ACTIVITY + CHANGES + MATCHES + DESCRIPTION
+    assert (pd.read_parquet(out / "latents.parquet").match_size_latent == -1).all()
 
 
 def test_a_policy_whose_latents_are_all_dead_has_rows_and_no_similarity(compare):

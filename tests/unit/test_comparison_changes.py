@@ -11,7 +11,7 @@ from small_comparisons import CHANNELS, dictionary, write_policies
 
 from rlsae.artifacts import Manifest
 from rlsae.comparison.kinds import TAGS
-from rlsae.comparison.latent_scaling import scale_error
+from rlsae.comparison.latent_scaling import Part, scale_error
 from rlsae.comparison.replication import replicated
 from rlsae.comparison.stage import build_comparison, check_same_training_rows
 from rlsae.errors import RlsaeError
@@ -120,9 +120,11 @@ def test_latent_scaling_is_the_regression_of_the_error_on_the_latents_own_part()
         for latent in range(3):
             part_ND = np.outer(latents_NF[:, latent], W_dec_FD[latent])
             betas_MF[model, latent] = (part_ND * (error_ND + part_ND)).sum() / (part_ND**2).sum()
-    moments = np.cov(latents_NF.T, bias=True), latents_NF.mean(0), *(latents_NF.T @ acts_ND / 500 for acts_ND in models)
-    found_F = scale_error(*(torch.from_numpy(value) for value in (*moments, W_dec_FD, b_dec_D)))
-    np.testing.assert_allclose(found_F, betas_MF[1] / betas_MF[0])
+    covariance_FF, mean_F = torch.from_numpy(np.cov(latents_NF.T, bias=True)), torch.from_numpy(latents_NF.mean(0))
+    base, tuned = (Part(*map(torch.from_numpy, (latents_NF.T @ acts_ND / 500, W_dec_FD, b_dec_D))) for acts_ND in models)
+    own_is_base_F = torch.tensor([True, True, False])
+    found_F = scale_error(covariance_FF, mean_F, base, tuned, own_is_base_F)
+    np.testing.assert_allclose(found_F, np.where(own_is_base_F, betas_MF[1] / betas_MF[0], betas_MF[0] / betas_MF[1]))
 
 
 def test_stores_of_other_tokens_than_each_other_are_refused(tmp_path, compare):

@@ -25,7 +25,8 @@ def found(change):
     change = np.asarray(change, float)
     rest = {name: np.ones(len(change)) for name in ("ratio", "angle", "energy", "scale_error")}
     firings, variance = np.full(len(change), 1000), np.full(len(change), 1e-8)
-    return WriteChange(firings, change, change, variance=variance, freedom=20.0, explained=0.0, **rest)
+    own = np.full(len(change), "base")
+    return WriteChange(own, firings, change, change, variance=variance, freedom=20.0, explained=0.0, **rest)
 
 
 def test_the_share_that_moves_counts_all_latents_of_both_dictionaries_whatever_the_bulk_does():

@@ -38,11 +38,15 @@ class Oracle:
     """A dictionary of the known directions, whose code is the sparsest that explains the rows (FISTA: Beck, Teboulle 2009)."""
 
     activation = None
+    reads = "own"
 
     def __init__(self, vectors_KD):
         self.W_KD = self.W_dec_FD = torch.from_numpy(vectors_KD).float()
         self.b_dec_D = torch.zeros(vectors_KD.shape[1])
         self.step = 1 / float(torch.linalg.matrix_norm(self.W_KD, 2)) ** 2
+
+    def parts(self):
+        return {"base": self.W_dec_FD, "tuned": self.W_dec_FD}
 
     def encode(self, acts_BD, penalty=0.05, steps=25):
         code_BK = ahead_BK = torch.zeros(len(acts_BD), len(self.W_KD))

@@ -13,8 +13,9 @@ from rlsae.artifacts import Manifest
 from rlsae.cli.app import app
 from rlsae.errors import RlsaeError
 from rlsae.plants.curves import build_curves, by_density, by_effect, summary
-from rlsae.plants.trial import _below_floor, run_trial
-from rlsae.plants.trials import DOCUMENTS, FEW_SEEDS, MAIN, NULL, RECIPES, SEEDS, VARIATIONS, Trial, all_trials
+from rlsae.plants.trial import run_trial
+from rlsae.plants.trials import DOCUMENTS, FEW_SEEDS, MAIN, METHODS, NULL, PAIRS, SEEDS, VARIATIONS, Trial, all_trials
+from rlsae.plants.ways import _below_floor
 
 TRIALS = [Trial("topk", "rest", 400, 3), Trial("topk", "null-map-4", 400, 3)]
 
@@ -75,7 +76,7 @@ def test_the_curves_hold_every_trial(artifacts, tmp_path):
 def directions(**columns):
     """The truth with what one way found, for hand-made trials."""
     table = pd.DataFrame(columns)
-    trial = {"architecture": "topk", "variation": "rest", "documents": 2000, "seed": 3, "way": "write change"}
+    trial = {"method": "topk", "variation": "rest", "documents": 2000, "seed": 3, "way": "write change"}
     return table.assign(**trial)
 
 
@@ -110,7 +111,7 @@ def test_coverage_by_density_is_of_all_directions_and_recall_of_the_changes_that
 def test_the_summary_tells_means_and_the_worst():
     numbers = dict.fromkeys(("recall", "coverage", "kind_accuracy", "tagged", "rank"), 1.0)
     trials = [
-        {"architecture": "topk", "variation": "rest", "documents": 2000, "way": "w", "seed": seed} | numbers
+        {"method": "topk", "variation": "rest", "documents": 2000, "way": "w", "seed": seed} | numbers
         | {"recall_covered": recall, "false_discovery": false}
         for seed, recall, false in ((3, 1.0, 0.0), (4, 0.9, 0.1))
     ]  # fmt: skip
@@ -119,20 +120,41 @@ def test_the_summary_tells_means_and_the_worst():
     assert (row.false_discovery, row.worst_false_discovery, row.trials) == (0.05, 0.1, 2)
 
 
-def test_the_main_architecture_meets_every_plant_and_its_null_and_the_others_every_plant():
+def test_the_main_method_meets_every_plant_and_its_null_and_the_others_every_plant():
     found = all_trials()
     assert len({trial.path for trial in found}) == len(found)
     whole = [trial for trial in found if trial.documents == DOCUMENTS]
     for name in VARIATIONS:
-        assert [t.seed for t in whole if (t.architecture, t.variation) == (MAIN, name)] == list(SEEDS)
-        assert [t.seed for t in whole if t.variation == NULL + name] == list(FEW_SEEDS)
-        assert {t.architecture for t in whole if t.variation == name} == set(RECIPES)
+        assert [t.seed for t in whole if (t.method, t.variation) == (MAIN, name)] == list(SEEDS)
+        assert [t.seed for t in whole if (t.method, t.variation) == (MAIN, NULL + name)] == list(FEW_SEEDS)
+        assert {t.method for t in whole if t.variation == name} >= set(PAIRS)
+    for method in METHODS:
+        assert [t.seed for t in whole if (t.method, t.variation) == (method, NULL + "rest")] == list(FEW_SEEDS)
 
 
-@pytest.mark.parametrize(("key", "value"), [("architecture", "gated"), ("variation", "rst")])
+@pytest.mark.parametrize(("key", "value"), [("method", "gated"), ("variation", "rst")])
 def test_unknown_trials_are_refused(tmp_path, key, value):
-    settings = {"architecture": "topk", "variation": "rest", "documents": 16, "seed": 0} | {key: value}
+    settings = {"method": "topk", "variation": "rest", "documents": 16, "seed": 0} | {key: value}
     result = CliRunner().invoke(app, ["plant-trial", "--settings", json.dumps(settings), "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
     assert isinstance(result.exception, RlsaeError)
     assert f"{key}: expected one of" in str(result.exception)
+
+
+@pytest.mark.parametrize("method", ["crosscoder_topk", "difference_topk", "stagewise_topk"])
+def test_dictionaries_beyond_pairs_are_judged_by_the_same_plant(tmp_path, method):
+    run_trial(Trial(method, "rest", 400, 3), tmp_path / "out", None)
+    found = scores(tmp_path / "out").loc["write change"]
+    assert found.false_discovery <= 0.1
+    assert found.coverage >= 0.7
+    if method == "difference_topk":  # the rule of the bulk leaves it few tags: docs/methods.md
+        assert found.recall_covered < 0.5
+    else:
+        assert found.recall_covered >= 0.9
+        assert found.kind_accuracy >= 0.8
+
+
+@pytest.mark.parametrize("method", ["crosscoder_topk", "crosscoder_relu", "difference_topk", "stagewise_topk"])
+def test_beyond_pairs_a_null_has_no_tags_either(tmp_path, method):
+    run_trial(Trial(method, "null-rest", 400, 3), tmp_path / "out", None)
+    assert scores(tmp_path / "out").tagged["write change"] <= 0.01

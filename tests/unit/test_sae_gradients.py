@@ -35,8 +35,8 @@ def tied_relu(member, acts_BD, W_FD, b_enc_F, b_dec_D):
 
 def relu(member, acts_BD, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D):
     latents_BF = torch.relu(acts_BD @ W_enc_FD.T + b_enc_F)
-    penalty = (latents_BF * W_dec_FD.norm(dim=1)).sum(1).mean()
-    return (acts_BD - decoded(latents_BF, W_dec_FD, b_dec_D)).square().sum(1).mean() + member.l1 * penalty
+    penalty = (latents_BF * member.l1_F * W_dec_FD.norm(dim=1)).sum(1).mean()
+    return (acts_BD - decoded(latents_BF, W_dec_FD, b_dec_D)).square().sum(1).mean() + penalty
 
 
 def largest(latents_BF, k):

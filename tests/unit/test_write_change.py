@@ -220,11 +220,12 @@ def test_a_variance_that_took_rows_for_independent_would_be_too_small():
 # --- tags --------------------------------------------------------------------------------------------------------
 
 
-def changes(change, firings=1000, ratio=1.0, angle=45.0, variance=1e-6, freedom=20.0):
+def changes(change, firings=1000, own="base", ratio=1.0, angle=45.0, variance=1e-6, freedom=20.0):
     """Results of a dictionary with these changes."""
     count = len(change)
     fill = lambda value: np.broadcast_to(np.asarray(value, float), count).copy()  # noqa: E731
     return WriteChange(
+        own=np.full(count, own),
         firings=np.broadcast_to(firings, count).astype(np.int64),
         change=np.asarray(change, float),
         change_raw=np.asarray(change, float),

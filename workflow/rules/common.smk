@@ -52,7 +52,7 @@ wildcard_constraints:
     part=r"\d+",
     dictionary=r"[a-z0-9-]+",
     study=r"[a-z0-9-]+",
-    architecture=r"[a-z_]+",
+    method=r"[a-z_]+",
     variation=r"[a-z0-9-]+",
     documents=r"\d+",
     seed=r"\d+",
@@ -70,7 +70,7 @@ def settings(describe, *names):
 def plant_settings(wildcards):
     """A trial on a plant as canonical JSON."""
     numbers = {name: int(wildcards[name]) for name in ("documents", "seed")}
-    return canonical_json({"architecture": wildcards.architecture, "variation": wildcards.variation} | numbers)
+    return canonical_json({"method": wildcards.method, "variation": wildcards.variation} | numbers)
 
 
 def option(name, path):
@@ -136,7 +136,7 @@ def dictionary_folders(study):
         f"{role}/{layer}/{name}": LAYOUT.dictionary_folder(policy, entry, kind_of(layers), layer, name)
         for role, policy in roles(study).items()
         for layer in layers
-        for name in entry.dictionaries
+        for name in LAYOUT.dictionaries_of(policy, entry)
     }
 
 
@@ -327,9 +327,25 @@ def dictionary_start_files(wildcards):
     return [f"{folder}/manifest.json", ancient(f"{folder}/saes")] if folder else []
 
 
-def start_and_source(wildcards):
-    """What only some recipes need: the base's dictionaries to start from, the folder of an external autoencoder."""
-    return " ".join([option("start", dictionary_start(wildcards)), option("source", dictionary_source(wildcards))])
+def base_rows(wildcards):
+    """The base's activations for a recipe that reads the rows of both policies."""
+    if not LAYOUT.is_joint(wildcards.dictionary):
+        return None
+    return f"results/activations/{model_of(wildcards.policy)}.{wildcards.corpus}/{wildcards.activation}/{wildcards.kind}"
+
+
+def base_files(wildcards):
+    """Those activations, and the base itself."""
+    folder = base_rows(wildcards)
+    return [f"{folder}/manifest.json", ancient(f"{folder}/store"), *policy_files(model_of(wildcards.policy))] if folder else []
+
+
+def dictionary_sources(wildcards):
+    """What only some recipes need: the base's dictionaries to start from, an external autoencoder, the base's rows and model."""
+    rows = base_rows(wildcards)
+    folders = {"start": dictionary_start(wildcards), "source": dictionary_source(wildcards), "base-activations": rows}
+    folders |= {"base-weights": weights_folder(model_of(wildcards.policy)) if rows else None}
+    return " ".join(option(name, folder) for name, folder in folders.items())
 
 
 def activation_parts(wildcards):

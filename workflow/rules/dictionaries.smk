@@ -12,6 +12,7 @@ rule dictionary:
         tokens=tokens_of_policy,
         start=dictionary_start_files,
         source=dictionary_source_files,
+        base=base_files,
     output:
         saes=directory("results/dictionaries/{policy}.{corpus}/{activation}/{kind}/layer{layer}/{dictionary}/saes"),
         metrics="results/dictionaries/{policy}.{corpus}/{activation}/{kind}/layer{layer}/{dictionary}/metrics.parquet",
@@ -42,7 +43,7 @@ rule dictionary:
         code=code_digest("sae"),
         activations="results/activations/{policy}.{corpus}/{activation}/{kind}",
         weights=lambda wildcards: weights_folder(wildcards.policy),
-        options=start_and_source,
+        options=dictionary_sources,
         tokens=lambda wildcards: f"results/tokens/{model_of(wildcards.policy)}.{wildcards.corpus}",
         work="results/.work/dictionaries/{policy}.{corpus}/{activation}/{kind}/layer{layer}/{dictionary}",
     shell:

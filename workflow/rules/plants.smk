@@ -1,4 +1,4 @@
-# plants/{architecture}/{variation}/documents{n}/seed{n}: how well the comparison finds changes that are known, whatever
+# plants/{method}/{variation}/documents{n}/seed{n}: how well the comparison finds changes that are known, whatever
 # the configuration: `snakemake plants`. plants/curves: all of them together.
 
 
@@ -34,15 +34,15 @@ rule plant_curves:
 
 rule plant_trial:
     output:
-        scores="results/plants/{architecture}/{variation}/documents{documents}/seed{seed}/scores.parquet",
-        directions="results/plants/{architecture}/{variation}/documents{documents}/seed{seed}/directions.parquet",
+        scores="results/plants/{method}/{variation}/documents{documents}/seed{seed}/scores.parquet",
+        directions="results/plants/{method}/{variation}/documents{documents}/seed{seed}/directions.parquet",
         manifest=ensure(
-            "results/plants/{architecture}/{variation}/documents{documents}/seed{seed}/manifest.json", non_empty=True
+            "results/plants/{method}/{variation}/documents{documents}/seed{seed}/manifest.json", non_empty=True
         ),
     log:
-        "logs/plants/{architecture}/{variation}/documents{documents}/seed{seed}.log",
+        "logs/plants/{method}/{variation}/documents{documents}/seed{seed}.log",
     benchmark:
-        "benchmarks/plants/{architecture}/{variation}/documents{documents}/seed{seed}.tsv"
+        "benchmarks/plants/{method}/{variation}/documents{documents}/seed{seed}.tsv"
     conda:
         "../../envs/rlsae.yaml"
     threads: 1
@@ -55,6 +55,6 @@ rule plant_trial:
         code=code_digest("plants.trial"),
     shell:
         "python -m rlsae plant-trial --settings {params.settings:q} --threads {threads} --gpus {resources.gpu}"
-        " --out results/plants/{wildcards.architecture}/{wildcards.variation}/documents{wildcards.documents}/seed{wildcards.seed}"
-        " --work results/.work/plants/{wildcards.architecture}/{wildcards.variation}/documents{wildcards.documents}/seed{wildcards.seed}"
+        " --out results/plants/{wildcards.method}/{wildcards.variation}/documents{wildcards.documents}/seed{wildcards.seed}"
+        " --work results/.work/plants/{wildcards.method}/{wildcards.variation}/documents{wildcards.documents}/seed{wildcards.seed}"
         " >> {log} 2>&1"

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rlsae.beside import AnySae
 from rlsae.comparison.kinds import CHANGED, UNTESTED
 from rlsae.interpretation.interventions.edit import Edit, edited
 from rlsae.interpretation.interventions.effects import Place, rewards
-from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.statistics import bootstrap_ci95
 from rlsae.tuning.fixed_prompts import FixedPrompts
 
@@ -67,7 +67,7 @@ def ablations(
     table: pd.DataFrame,
     policy: str,
     place: Place,
-    sae: SparseAutoencoder,
+    sae: AnySae,
     prompts: FixedPrompts,
     sets: dict[str, list[int]],
     random_sets: int,

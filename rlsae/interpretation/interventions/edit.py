@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlsae.beside import AnySae
 from rlsae.errors import RlsaeError
-from rlsae.sae.dictionary import SparseAutoencoder
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Edit:
     """c_i: the activations that they get in place of their own."""
 
 
-def edited(sae: SparseAutoencoder, edits: Sequence[Edit]) -> Callable[[Tensor], Tensor]:
+def edited(sae: AnySae, edits: Sequence[Edit]) -> Callable[[Tensor], Tensor]:
     """A module's output acts_BTD, of which equal blocks of rows, one after the other, get one edit each.
 
     Raises:

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from rlsae.beside import AnySae
 from rlsae.interpretation.interventions.edit import Edit, edited
 from rlsae.interpretation.interventions.effects import Place, effects
-from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.statistics import bootstrap_ci95
 from rlsae.tuning.fixed_prompts import FixedPrompts
 
@@ -22,7 +22,7 @@ COLUMNS = [
 def dose_response(
     key: dict[str, Any],
     place: Place,
-    sae: SparseAutoencoder,
+    sae: AnySae,
     prompts: FixedPrompts,
     base: PreTrainedModel,
     sets: dict[str, list[int]],

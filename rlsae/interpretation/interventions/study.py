@@ -10,11 +10,12 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from rlsae.beside import AnySae, at_model
 from rlsae.comparison.kinds import CHANGED
 from rlsae.comparison.linear_map import LinearMaps
 from rlsae.comparison.paired_rows import PairedRows
 from rlsae.config.studies import Interventions
-from rlsae.interpretation.interventions import ablation, steering, transplant
+from rlsae.interpretation.interventions import ablation, carried, steering, transplant
 from rlsae.interpretation.interventions.edit import Edit, edited
 from rlsae.interpretation.interventions.effects import Place, rewards
 from rlsae.models import Hook
@@ -46,17 +47,18 @@ class Tables:
     ablations: pd.DataFrame
     steering: pd.DataFrame
     transplants: pd.DataFrame
+    carried: pd.DataFrame
     single: pd.DataFrame
     """Change of the reward when an explained latent of the tuned model is ablated alone."""
 
     @classmethod
     def of(cls, *rows: list[dict[str, Any]]) -> Tables:
-        columns = ablation.COLUMNS, steering.COLUMNS, transplant.COLUMNS, SINGLE
+        columns = ablation.COLUMNS, steering.COLUMNS, transplant.COLUMNS, carried.COLUMNS, SINGLE
         return cls(*(pd.DataFrame(of_table, columns=names) for of_table, names in zip(rows, columns, strict=True)))
 
     @classmethod
     def empty(cls) -> Tables:
-        return cls.of([], [], [], [])
+        return cls.of([], [], [], [], [])
 
 
 def intervene(
@@ -78,30 +80,33 @@ def intervene(
     ablated: list[dict[str, Any]] = []
     steered: list[dict[str, Any]] = []
     moved: list[dict[str, Any]] = []
+    carry: list[dict[str, Any]] = []
     single: list[dict[str, Any]] = []
     progress = Progress("intervene", len(members), "dictionaries")
     for member in members:
         place = Place(models[member.role], member.layer, hook)
         key = {"policy": member.role, "layer": member.layer, "dictionary": member.name, "seed": member.seed}
         sets = ablation.sets_of(member.table, entry.latents)
-        ablated += ablation.ablations(member.table, member.role, place, member.sae, prompts, sets, entry.random_sets)
-        steered += steering.dose_response(key, place, member.sae, prompts, models["base"], sets, entry.gains)
+        layer_maps, rank = maps[member.layer]
+        with at_model(member.sae, member.role, member.role, models, member.layer, hook) as sae:
+            ablated += ablation.ablations(member.table, member.role, place, sae, prompts, sets, entry.random_sets)
+            steered += steering.dose_response(key, place, sae, prompts, models["base"], sets, entry.gains)
+            single += one_by_one(member, place, sae, prompts) if member.role == "tuned" else []
+        del key["policy"]
         if member.role == "base":
-            layer_maps, rank = maps[member.layer]
             change = transplant.Change.estimate(member.sae, rows[member.layer], layer_maps, rank, where)
             tagged = member.table.latent[member.table.tag.isin(CHANGED)].tolist()
-            del key["policy"]
             moved += transplant.transplants(key, place, models["tuned"], change, tagged, prompts)
         else:
-            single += one_by_one(member, place, prompts)
+            carry += carried.carried(key, member.sae, sets, models, hook, rows[member.layer], layer_maps, prompts)
         progress.update()
-    return Tables.of(ablated, steered, moved, single)
+    return Tables.of(ablated, steered, moved, carry, single)
 
 
-def one_by_one(member: Member, place: Place, prompts: FixedPrompts) -> list[dict[str, Any]]:
+def one_by_one(member: Member, place: Place, sae: AnySae, prompts: FixedPrompts) -> list[dict[str, Any]]:
     """Ablate each explained latent alone."""
     edits = [Edit(), *(Edit((latent,)) for latent in member.explained)]
-    reward_E = rewards(place, lambda some: edited(member.sae, edits[some]), len(edits), prompts).mean(1)
+    reward_E = rewards(place, lambda some: edited(sae, edits[some]), len(edits), prompts).mean(1)
     key = (member.role, member.layer, member.name, member.seed)
     changes = np.subtract(reward_E[1:], reward_E[0])
     return [
