@@ -272,19 +272,36 @@ class Layout:
         return Artifact("activations", folder, settings, [policy_folder(policy), tokens], temporary=temporary)
 
     def _dictionaries(self, study: Study, policy: str, kind: str, layer: int, name: str, tokens: Path) -> list[Artifact]:
-        """The dictionaries of one recipe, behind those of the base policy that they continue."""
+        """The dictionaries of one recipe, behind those that they continue and what these are trained on."""
         entry, behind = self.config.dictionaries[name], []
         store = self._activations(study, policy, kind, tokens).folder
         folder = self.dictionary_folder(policy, study, kind, layer, name)
         if isinstance(entry, ExternalDictionary):
             files = {"source": entry.folder(layer, policy)}
             return [Artifact("dictionaries", folder, self.dictionary_settings(name), [store, tokens], files)]
-        if entry.continues:
-            behind = self._dictionaries(study, study.base, kind, layer, entry.continues, tokens)
-        inputs = [store, tokens, *(artifact.folder for artifact in behind)]
+        inputs = [store, tokens]
+        if start := self.started_from(name, policy, study.corpus):
+            of, corpus, continued = start
+            if corpus != study.corpus:
+                study_of_start, texts = study.model_copy(update={"corpus": corpus}), self._corpus(corpus)
+                tokens_of_start = RESULTS / "tokens" / f"{study.model}.{corpus}"
+                inputs_of_tokens = [policy_folder(study.model), texts.folder]
+                behind += [texts, Artifact("tokens", tokens_of_start, self.token_settings(corpus), inputs_of_tokens)]
+                behind.append(self._activations(study_of_start, of, kind, tokens_of_start))
+            else:
+                study_of_start, tokens_of_start = study, tokens
+            behind += self._dictionaries(study_of_start, of, kind, layer, continued, tokens_of_start)
+            inputs.append(behind[-1].folder)
         if entry.reads != "own":
-            inputs += [self._activations(study, study.base, kind, tokens).folder, policy_folder(study.base)]
+            inputs.append(self._activations(study, study.base, kind, tokens).folder)
         return [*behind, Artifact("dictionaries", folder, self.dictionary_settings(name), inputs)]
+
+    def started_from(self, dictionary: str, policy: str, corpus: str) -> tuple[str, str, str] | None:
+        """Policy, corpus and name of the dictionaries that those of a recipe go on from; None where they start anew."""
+        entry = self.config.dictionaries[dictionary]
+        if isinstance(entry, ExternalDictionary) or not entry.continues:
+            return None
+        return policy if entry.start == "from_own" else model_of(policy), entry.continues_on or corpus, entry.continues
 
     def dictionaries_of(self, policy: str, study: Study) -> list[str]:
         """The recipes of a study that are trained for a policy: of those that read the rows of both, one for the tuned."""

@@ -41,7 +41,8 @@ from rlsae.sae.train import load_members
 COLUMNS = """role layer dictionary seed latent firings density mean_active max_active
     own write_change write_change_raw write_ratio write_angle p q tag replicated
     match_latent match_cosine_decoder match_cosine_encoder match_jaccard match_pearson match_size_latent match_size_cosine
-    floor_percentile scale_error density_shift norm_ratio part_cosine""".split()
+    floor_percentile scale_error density_shift norm_ratio part_cosine
+    model_step_cosine""".split()
 WITHOUT_PARTNER = {"match_latent": -1, "match_size_latent": -1}
 """Where there is no partner, or nothing to match."""
 
@@ -166,6 +167,8 @@ def _latents(
                 table = table.assign(**matched).join(firing[role])
             elif saes[role].reads == "both":
                 table = table.assign(**part_columns(saes[role]))
+            if (step_F := saes[role].model_step_F) is not None:
+                table = table.assign(model_step_cosine=step_F.numpy())
             tables[role, seed] = table
     for role in roles:
         of_role = {seed: table for (of, seed), table in tables.items() if of == role}

@@ -146,8 +146,15 @@ class Config(BaseModel):
         if not isinstance(dictionary, Dictionary) or dictionary.continues is None:
             return
         other = self.dictionaries[dictionary.continues]
-        if not isinstance(other, Dictionary) or other.start == "from_base":
-            raise ValueError(f"dictionaries.{name}.continues: {dictionary.continues} is not trained from a start of its own")
+        if not isinstance(other, Dictionary) or other.reads != "own":
+            raise ValueError(f"dictionaries.{name}.continues: {dictionary.continues} is not trained on the rows of one model")
+        if dictionary.continues_on:
+            self._check_corpus(f"dictionaries.{name}.continues_on", dictionary.continues_on, "documents")
+        chain: list[str] = [name]
+        while following := getattr(self.dictionaries[chain[-1]], "continues", None):
+            if following in chain:
+                raise ValueError(f"dictionaries.{name}.continues: {' → '.join([*chain, following])} go on from each other")
+            chain.append(following)
         for key in ("architecture", "expansion", "normalize"):
             mine, theirs = getattr(dictionary, key), getattr(other, key)
             if mine != theirs:

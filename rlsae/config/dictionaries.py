@@ -40,13 +40,16 @@ class Dictionary(Entry):
         description="Gradient clipping; null: none. Most steps exceed the default, so that early ones weigh no more in Adam's "
         "moments than late ones.",
     )
-    start: Literal["shared", "independent", "from_base"] = Field(
+    start: Literal["shared", "independent", "from_base", "from_own"] = Field(
         "shared",
         description="What base and tuned of one seed start from: the same random weights, random weights of their own, or "
-        "both from the base's autoencoders of another dictionary, named by `continues`.",
+        "autoencoders of another dictionary, named by `continues`: the base's for both, or each its own.",
     )
     continues: Annotated[Slug | None, reference("dictionaries")] = Field(
-        None, description="Dictionary whose autoencoders of the base policy are trained on, with start: from_base."
+        None, description="Dictionary whose autoencoders are trained on, with start: from_base or from_own."
+    )
+    continues_on: Annotated[Slug | None, reference("corpora")] = Field(
+        None, description="Corpus on which that dictionary is trained; null: the study's."
     )
     reads: Literal["own", "both", "difference"] = Field(
         "own",
@@ -64,11 +67,14 @@ class Dictionary(Entry):
 
     @model_validator(mode="after")
     def _start_is_named(self) -> Self:
-        if (self.start == "from_base") != (self.continues is not None):
-            raise ValueError("start: from_base and continues: NAME OF A DICTIONARY belong together")
-        if self.reads != "own" and self.start == "from_base":
+        goes_on = self.start in ("from_base", "from_own")
+        if goes_on != (self.continues is not None):
+            raise ValueError("start: from_base or from_own and continues: NAME OF A DICTIONARY belong together")
+        if self.continues_on and not goes_on:
+            raise ValueError("continues_on: names the corpus of the dictionary that is continued; continues is missing")
+        if self.reads != "own" and goes_on:
             raise ValueError(
-                f"start: from_base goes on from a dictionary of the base's rows; with reads: {self.reads} there is none"
+                f"start: {self.start} goes on from a dictionary of the base's rows; with reads: {self.reads} there is none"
             )
         if self.reads == "both" and self.architecture not in CROSSCODERS:
             raise ValueError(f"reads: both needs one of the architectures {', '.join(CROSSCODERS)}, found {self.architecture}")

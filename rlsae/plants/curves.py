@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rlsae.plants.methods import draw_methods, methods
 from rlsae.plants.score import planted
 from rlsae.plants.trial import DIRECTIONS, SCORES
 from rlsae.plants.trials import MAIN
@@ -25,7 +26,8 @@ WAYS = (TEST, REPLICATED, *PAIR_WAYS)
 
 
 def build_curves(trials: list[Path], out: Path, work: Path | None) -> None:
-    """Write `scores.parquet` (a row per trial and way), `summary`, `effects` and `densities.tsv`, and `figures/curves.svg`.
+    """Write `scores.parquet` (a row per trial and way), `summary`, `effects`, `densities` and `methods.tsv`, and the figures
+    `curves.svg` and `methods.svg`.
 
     Args:
         trials: artifacts of `rlsae plant-trial`.
@@ -36,10 +38,12 @@ def build_curves(trials: list[Path], out: Path, work: Path | None) -> None:
         directions = pd.concat([pd.read_parquet(folder / DIRECTIONS) for folder in trials], ignore_index=True)
         scores.to_parquet(stage.staging / SCORES, index=False)
         tables = {"summary": summary(scores), "effects": by_effect(directions), "densities": by_density(directions)}
-        for name, table in tables.items():
+        compared = methods(scores, directions)
+        for name, table in (tables | {"methods": compared}).items():
             table.to_csv(stage.staging / f"{name}.tsv", sep="\t", index=False, float_format="%.3f")
         (stage.staging / "figures").mkdir()
-        (stage.staging / "figures" / "curves.svg").write_text(standalone(draw(tables)), encoding="utf-8")
+        for name, figure in (("curves", draw(tables)), ("methods", draw_methods(compared))):
+            (stage.staging / "figures" / f"{name}.svg").write_text(standalone(figure), encoding="utf-8")
         stage.publish({})
 
 

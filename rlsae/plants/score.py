@@ -33,6 +33,10 @@ class Score:
     """Share of the other tagged latents whose tag is the kind of the nearest changed direction."""
     tagged: float
     """Share of the tested latents that are tagged."""
+    tags: int
+    """Their number."""
+    tested: int
+    """Latents that are tested."""
 
 
 def score(truth: Truth, latents: pd.DataFrame, decoders: dict[str, NDArray[np.floating]]) -> tuple[Score, pd.DataFrame]:
@@ -73,6 +77,8 @@ def score(truth: Truth, latents: pd.DataFrame, decoders: dict[str, NDArray[np.fl
         false_discovery=false / max(tagged, 1),
         kind_accuracy=right / max(tagged - false, 1),
         tagged=tagged / max(tested, 1),
+        tags=tagged,
+        tested=tested,
     )
     return found, table
 

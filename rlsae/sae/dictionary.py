@@ -24,6 +24,7 @@ SAELENS_FORMAT = "6.54.12"
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 SPARSITY = "sparsity.safetensors"
+MODEL_STEP = "model_step.safetensors"
 TENSORS = {
     "standard": ("W_enc", "b_enc", "W_dec", "b_dec"),
     "topk": ("W_enc", "b_enc", "W_dec", "b_dec"),
@@ -43,6 +44,8 @@ class SparseAutoencoder:
     b_dec_D: Tensor
     metadata: dict[str, Any] = field(default_factory=dict)
     activation: ActivationFunction = field(default_factory=ReLU)
+    model_step_F: Tensor | None = None
+    """Of stage-wise dictionaries: cosine of each decoder row before and after the model changed (rlsae/sae/train.py)."""
 
     def encode(self, acts_BD: Tensor) -> Tensor:
         """Latents [B, F] of raw activations."""
@@ -58,14 +61,8 @@ class SparseAutoencoder:
 
     def to(self, device: torch.device) -> SparseAutoencoder:
         """The same dictionary with its tensors on a device."""
-        return SparseAutoencoder(
-            self.W_enc_DF.to(device),
-            self.b_enc_F.to(device),
-            self.W_dec_FD.to(device),
-            self.b_dec_D.to(device),
-            self.metadata,
-            self.activation.to(device),
-        )
+        tensors = {name: getattr(self, name).to(device) for name in ("W_enc_DF", "b_enc_F", "W_dec_FD", "b_dec_D")}
+        return replace(self, **tensors, activation=self.activation.to(device))
 
     @property
     def latents(self) -> int:
@@ -109,7 +106,7 @@ class SparseAutoencoder:
         """The inverse: the same latents from rows x = (y - mean) · scale, where this one reads y."""
         return self.reading_raw_rows(-mean_D * scale, 1 / scale)
 
-    def save(self, folder: Path, density_F: Tensor | None = None) -> None:
+    def save(self, folder: Path, density_F: Tensor | None = None, model_step_F: Tensor | None = None) -> None:
         """Write the folder that `sae_lens.SAE.load_from_disk` reads; density: share of rows at which each latent is active."""
         folder.mkdir(parents=True)
         tensors = {"W_enc": self.W_enc_DF, "W_dec": self.W_dec_FD, "b_dec": self.b_dec_D}
@@ -117,6 +114,8 @@ class SparseAutoencoder:
         save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
         if density_F is not None:
             save_file({"sparsity": torch.log10(density_F.float().cpu() + 1e-10)}, folder / SPARSITY)
+        if model_step_F is not None:
+            save_file({"model_step": model_step_F.detach().float().cpu().contiguous()}, folder / MODEL_STEP)
         config = {
             "architecture": self.activation.architecture,
             "d_in": self.channels,
@@ -159,7 +158,10 @@ class SparseAutoencoder:
             tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norm_F, tensors["b_enc"] * norm_F
             tensors["W_dec"] = tensors["W_dec"] / norm_F[:, None]
         k = require_k(folder / CONFIG, config) if architecture == "topk" else None
-        return assembled(folder, tensors, k, config.get("apply_b_dec_to_input", True), config.get("metadata", {}))
+        sae = assembled(folder, tensors, k, config.get("apply_b_dec_to_input", True), config.get("metadata", {}))
+        if (folder / MODEL_STEP).exists():
+            return replace(sae, model_step_F=read_tensors(folder / MODEL_STEP, ("model_step",))["model_step"])
+        return sae
 
 
 def assembled(

@@ -49,7 +49,7 @@ def build_dictionaries(
 
     Args:
         activations: artifact of the store; weights: transformers folder of its policy; tokens: tokens artifact.
-        start: dictionaries artifact of the base policy that training continues, for `start: from_base`.
+        start: dictionaries artifact that training continues, for `start: from_base` and `from_own`.
         source: folder of an external autoencoder.
         base_activations, base_weights: of the base policy, for a recipe that reads the rows of both.
 
@@ -67,11 +67,12 @@ def build_dictionaries(
         facts: dict[str, Any] = {"layer": layer, "settings": settings, "reads": reads}
         facts["activations"] = stage.inputs[artifact_id(activations, "activations")]
         curves, scores = pd.DataFrame(columns=["seed", "step", "mse", "l1", "l0"]), {}
+        steps: dict[int, Tensor] = {}
         if isinstance(entry, ExternalDictionary):
             saes = {0: external_autoencoder(source, store, layer).to(where)}
         else:
             order = store.row_order(layer, entry.batch_rows, ROW_ORDER_SEED, entry.epochs)
-            started = autoencoders_of_base(start, entry) if entry.start == "from_base" else {}
+            started = autoencoders_to_continue(start, entry) if entry.continues else {}
             mean_D, facts["scale"] = centre_and_scale(store, layer, entry, where)
             for sae in started.values():  # so that unit rows stay unit rows, and base and tuned start as one function
                 facts["scale"] = sae.metadata["rlsae"]["scale"]
@@ -81,6 +82,7 @@ def build_dictionaries(
                     members[seed].load(sae.to(where).reading_normalised_rows(mean_D, facts["scale"]))
             curves = train(members, order, entry, mean_D, facts["scale"], stage)
             saes = {seed: member.export().reading_raw_rows(mean_D, facts["scale"]) for seed, member in members.items()}
+            steps = model_steps(entry, started, saes)
             scores = {"rows_trained": order.steps * entry.batch_rows, "rows_digest": rows_digest(order)}
         curves.to_parquet(stage.staging / "metrics.parquet", index=False)
         hook, modules = store.group.attrs["hook"], store.group.attrs["modules"]
@@ -96,7 +98,7 @@ def build_dictionaries(
             }
             saes[seed] = replace(sae, metadata=metadata)
             quality, density_F = held_out_quality(saes[seed], store, layer, where)
-            saes[seed].save(stage.staging / SAES / f"seed{seed}", density_F)
+            saes[seed].save(stage.staging / SAES / f"seed{seed}", density_F, steps.get(seed))
             metrics[f"seed{seed}"] = {**quality, **scores}
             densities[seed] = density_F.cpu().numpy()
         replaced = recovered(list(saes.values()), weights, tokens, layer, hook, where, base_weights)
@@ -200,14 +202,14 @@ def new_members(entry: Dictionary, channels: int, policy: str, where: torch.devi
     return {s: ARCHITECTURES[entry.architecture](channels, latents, entry, start, where) for s, start in seeds.items()}
 
 
-def autoencoders_of_base(folder: Path | None, entry: Dictionary) -> dict[int, SparseAutoencoder]:
+def autoencoders_to_continue(folder: Path | None, entry: Dictionary) -> dict[int, SparseAutoencoder]:
     """The autoencoders that training continues, by seed.
 
     Raises:
         RlsaeError: no artifact was given, it lacks a seed, or holds another architecture or size.
     """
     if folder is None:
-        raise RlsaeError("start: from_base needs the base's dictionaries (--start) that training goes on from")
+        raise RlsaeError(f"start: {entry.start} needs the dictionaries (--start) that training goes on from")
     found = {seed: SparseAutoencoder.load(path) for seed, path in load_members(folder).items()}
     if missing := sorted(set(entry.seeds) - set(found)):
         raise RlsaeError(f"seeds: {folder} has no seed {missing[0]} to go on from; it has {sorted(found)}")
@@ -219,6 +221,16 @@ def autoencoders_of_base(folder: Path | None, entry: Dictionary) -> dict[int, Sp
                 f"{entry.architecture} with {entry.expansion:g} cannot go on from it"
             )
     return {seed: found[seed] for seed in entry.seeds}
+
+
+def model_steps(
+    entry: Dictionary, started: dict[int, SparseAutoencoder], saes: dict[int, SparseAutoencoder]
+) -> dict[int, Tensor]:
+    """Of stage-wise dictionaries, by seed: cosine of each latent's decoder before and after the step from the base's rows to
+    those of the policy [F] (Bricken et al. 2024); from then on it is carried along. Of the base: a step without any change."""
+    if entry.start == "from_own":
+        return {seed: sae.model_step_F for seed, sae in started.items() if sae.model_step_F is not None}
+    return {seed: torch.nn.functional.cosine_similarity(sae.W_dec_FD, saes[seed].W_dec_FD) for seed, sae in started.items()}
 
 
 def external_autoencoder(source: Path | None, store: ActivationStore, layer: int) -> SparseAutoencoder:

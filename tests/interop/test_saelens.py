@@ -105,10 +105,10 @@ def folder(tmp_path, rows_BD):
     return tmp_path
 
 
-def trained(architecture, rows_BD):
+def trained(architecture, rows_BD, **changes):
     """An exported dictionary after some steps on centred and scaled rows."""
     mean_D, scale = rows_BD.mean(0), 1 / 3
-    member = member_of(architecture, CHANNELS, LATENTS, batch_rows=ROWS)
+    member = member_of(architecture, CHANNELS, LATENTS, batch_rows=ROWS, **changes)
     optimizer = _adam(member.parameters(), 0.01)
     with torch.no_grad():
         for _ in range(50):
@@ -126,6 +126,8 @@ def assert_same(sae, rows_BD, latents_BF, decoded_BD):
 
 def test_saelens_computes_what_every_exported_architecture_computes(folder, rows_BD):
     saes = {architecture: trained(architecture, rows_BD) for architecture in ENTRIES}
+    # A crosscoder is an autoencoder of the rows of two models side by side: here of 16 channels each.
+    saes |= {f"crosscoder-{name}": trained(name, rows_BD, reads="both") for name in ("relu", "topk", "batchtopk")}
     for name, sae in saes.items():
         sae.save(folder / name, torch.full((LATENTS,), 0.01))
     peers.run(READ_BY_SAELENS, folder, *saes)

@@ -25,7 +25,7 @@ ACTIVITY = ["firings", "density", "mean_active", "max_active"]
 CHANGES = "own write_change write_change_raw write_ratio write_angle p q tag replicated".split()
 MATCHES = "match_latent match_cosine_decoder match_cosine_encoder match_jaccard match_pearson".split()
 SIZE_MATCHES = ["match_size_latent", "match_size_cosine"]
-DESCRIPTION = ["floor_percentile", "scale_error", "density_shift", "norm_ratio", "part_cosine"]
+DESCRIPTION = ["floor_percentile", "scale_error", "density_shift", "norm_ratio", "part_cosine", "model_step_cosine"]
 DEAD = 2
 """A latent of every dictionary that never fires."""
 PARTNERLESS = -1

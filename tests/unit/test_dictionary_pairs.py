@@ -114,5 +114,5 @@ def test_dictionaries_that_cannot_be_continued_are_refused_with_the_difference(b
 
 
 def test_a_continuation_without_what_it_continues_is_refused(build):
-    with pytest.raises(RlsaeError, match="start: from_base needs the base's dictionaries"):
+    with pytest.raises(RlsaeError, match="start: from_base needs the dictionaries"):
         build(recipe=entry_of(start="from_base", continues="trained"))

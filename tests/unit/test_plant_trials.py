@@ -69,7 +69,7 @@ def test_the_curves_hold_every_trial(artifacts, tmp_path):
     assert table.groupby("variation", sort=False).size().to_dict() == {"rest": 5, "null-map-4": 5}
     assert (tmp_path / "curves" / "figures" / "curves.svg").read_text().startswith("<?xml")
     assert set(Manifest.read(tmp_path / "curves").outputs) == {
-        "densities.tsv", "effects.tsv", "figures", "scores.parquet", "summary.tsv",
+        "densities.tsv", "effects.tsv", "figures", "methods.tsv", "scores.parquet", "summary.tsv",
     }  # fmt: skip
 
 

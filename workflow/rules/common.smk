@@ -314,12 +314,13 @@ def dictionary_source_files(wildcards):
 
 
 def dictionary_start(wildcards):
-    """The dictionaries of the base policy that this one continues; both policies start from them."""
-    continues = getattr(CONFIG.dictionaries[wildcards.dictionary], "continues", None)
-    if continues is None:
+    """The dictionaries that this one continues."""
+    start = LAYOUT.started_from(wildcards.dictionary, wildcards.policy, wildcards.corpus)
+    if start is None:
         return None
-    rows = f"{model_of(wildcards.policy)}.{wildcards.corpus}/{wildcards.activation}/{wildcards.kind}"
-    return f"results/dictionaries/{rows}/layer{wildcards.layer}/{continues}"
+    policy, corpus, name = start
+    rows = f"{policy}.{corpus}/{wildcards.activation}/{wildcards.kind}"
+    return f"results/dictionaries/{rows}/layer{wildcards.layer}/{name}"
 
 
 def dictionary_start_files(wildcards):

@@ -16,6 +16,7 @@ rule plant_curves:
         summary="results/plants/curves/summary.tsv",
         effects="results/plants/curves/effects.tsv",
         densities="results/plants/curves/densities.tsv",
+        methods="results/plants/curves/methods.tsv",
         figures=directory("results/plants/curves/figures"),
         manifest=ensure("results/plants/curves/manifest.json", non_empty=True),
     log:
@@ -36,9 +37,7 @@ rule plant_trial:
     output:
         scores="results/plants/{method}/{variation}/documents{documents}/seed{seed}/scores.parquet",
         directions="results/plants/{method}/{variation}/documents{documents}/seed{seed}/directions.parquet",
-        manifest=ensure(
-            "results/plants/{method}/{variation}/documents{documents}/seed{seed}/manifest.json", non_empty=True
-        ),
+        manifest=ensure("results/plants/{method}/{variation}/documents{documents}/seed{seed}/manifest.json", non_empty=True),
     log:
         "logs/plants/{method}/{variation}/documents{documents}/seed{seed}.log",
     benchmark:
