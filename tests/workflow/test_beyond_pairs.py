@@ -23,15 +23,15 @@ DICTIONARIES = {
     "model-first": RECIPE | {"start": "from_own", "continues": "new-model", "continues_on": "reviews"},
 }
 STUDY = {"model": "tiny", "tuning": "ppo", "corpus": "texts", "activation": "mlp", "layers": [1]}
-INTERPRETATION = {
-    "interpretation": {"latents": 4, "examples": 3, "interventions": {"prompts": 8, "random_sets": 1, "latents": 3}}
-}
+EXPLAINED = {"latents": 4, "examples": 3, "probes": None}
+INTERVENED = EXPLAINED | {"interventions": {"prompts": 8, "random_sets": 1, "latents": 3, "gains": [2]}}
+ALONE = EXPLAINED | {"interventions": None}
 CONFIG = TINY | {
     "dictionaries": DICTIONARIES,
     "studies": {
-        "joint": STUDY | INTERPRETATION | {"dictionaries": ["pair", "cross", "difference"]},
-        "stages": STUDY | INTERPRETATION | {"dictionaries": ["data-first", "model-first"]},
-        "alone": STUDY | INTERPRETATION | {"dictionaries": ["cross"]},
+        "joint": STUDY | {"interpretation": INTERVENED} | {"dictionaries": ["pair", "cross", "difference"]},
+        "stages": STUDY | {"interpretation": ALONE} | {"dictionaries": ["data-first", "model-first"]},
+        "alone": STUDY | {"interpretation": ALONE} | {"dictionaries": ["cross"]},
     },
 }
 FOLDER = "results/dictionaries/{policy}.{corpus}/mlp/layers-1/layer1/{name}"
