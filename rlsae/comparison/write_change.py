@@ -240,11 +240,6 @@ def _compare(role: str, sae: SparseAutoencoder, fit: Regression, batches: Batche
     cosine_F = torch.nn.functional.cosine_similarity(image_FD, tuned_FD).clamp(-1, 1)
     explained = 2 * (difference_FD * (fit.cross_FE @ contrast_ED)).sum()
     explained -= (difference_FD * (fit.covariance_FF @ difference_FD)).sum()
-    mean_E = fit.mean_E + torch.cat([maps.mean_base_D, maps.mean_tuned_D])
-    crosses = (fit.cross_FE + torch.outer(fit.mean_F, mean_E)).chunk(2, 1)
-    biases = sae.b_dec_D.chunk(2) if sae.reads == "both" else (sae.b_dec_D, sae.b_dec_D)
-    base, tuned = (Part(*part) for part in zip(crosses, sae.parts().values(), biases, strict=True))
-    scaling_F = scale_error(fit.covariance_FF, fit.mean_F, base, tuned, own_is_base_F)
     by_latent = {
         "change": difference_FD.norm(dim=1) / length_F,
         "change_raw": (tuned_FD - base_FD).norm(dim=1) / raw_F,
@@ -252,11 +247,22 @@ def _compare(role: str, sae: SparseAutoencoder, fit: Regression, batches: Batche
         "angle": torch.rad2deg(torch.arccos(cosine_F)),
         "variance": variance_F / length_F.square(),
         "energy": fit.covariance_FF.diagonal() * difference_FD.square().sum(1),
-        "scale_error": torch.full_like(length_F, torch.nan) if sae.reads == "difference" else scaling_F,
+        "scale_error": _scale_error(sae, fit, maps, own_is_base_F),
     }
     values = {name: value_F.cpu().numpy() for name, value_F in by_latent.items()}
     own = np.where(own_is_base_F.cpu().numpy(), "base", "tuned")
     return WriteChange(own, fit.firings_F.cpu().numpy(), freedom=freedom, explained=float(explained), **values)
+
+
+def _scale_error(sae: SparseAutoencoder, fit: Regression, maps: LinearMaps, own_is_base_F: Tensor) -> Tensor:
+    """Latent scaling of the rows as they are [F]; nan for a dictionary of the difference, which reconstructs no model's rows."""
+    if sae.reads == "difference":
+        return torch.full_like(fit.mean_F, torch.nan)
+    mean_E = fit.mean_E + torch.cat([maps.mean_base_D, maps.mean_tuned_D])
+    crosses = (fit.cross_FE + torch.outer(fit.mean_F, mean_E)).chunk(2, 1)
+    biases = sae.b_dec_D.chunk(2) if sae.reads == "both" else (sae.b_dec_D, sae.b_dec_D)
+    base, tuned = (Part(*part) for part in zip(crosses, sae.parts().values(), biases, strict=True))
+    return scale_error(fit.covariance_FF, fit.mean_F, base, tuned, own_is_base_F)
 
 
 def p_values(
