@@ -255,7 +255,7 @@ def _compare(role: str, sae: SparseAutoencoder, fit: Regression, batches: Batche
 
 
 def _scale_error(sae: SparseAutoencoder, fit: Regression, maps: LinearMaps, own_is_base_F: Tensor) -> Tensor:
-    """Latent scaling of the rows as they are [F]; nan for a dictionary of the difference, which reconstructs no model's rows."""
+    """Latent scaling of the rows as they are [F]; nan for one of the difference, which reconstructs no model's rows."""
     if sae.reads == "difference":
         return torch.full_like(fit.mean_F, torch.nan)
     mean_E = fit.mean_E + torch.cat([maps.mean_base_D, maps.mean_tuned_D])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -236,6 +237,15 @@ def test_a_model_without_the_module_of_a_dictionary_is_refused(study, sae, rando
     with (
         pytest.raises(RlsaeError, match=r"module 'gpt_neox\.layers\.1\.mlp', which GPT2LMHeadModel .* trained on, 'tiny.ppo'"),
         rlsae.attach(random_model("gpt2"), sae, [LATENT]),
+    ):
+        pass
+
+
+def test_a_dictionary_of_both_models_is_not_attached_to_one(model, sae):
+    crosscoder = replace(sae, metadata=sae.metadata | {"rlsae": {"reads": "both"}})
+    with (
+        pytest.raises(RlsaeError, match=r"reads both .* let the other model run beside it"),
+        rlsae.attach(model, crosscoder, [0]),
     ):
         pass
 

@@ -32,7 +32,7 @@ def attach(model: PreTrainedModel, sae: SparseAutoencoder, latents: Sequence[int
         gain: 0 ablates, 1 changes nothing, 2 doubles.
 
     Raises:
-        RlsaeError: the dictionary has no such latent, or the model no such module.
+        RlsaeError: the dictionary has no such latent or reads two models, or the model has no such module.
     """
     function = edited(sae.to(model.device), [Edit(tuple(map(int, latents)), gain)])
     with replace_module_output(_module(model, sae), function):
@@ -61,6 +61,11 @@ def latents_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sae: 
 
 def _module(model: PreTrainedModel, sae: SparseAutoencoder) -> nn.Module:
     """The module of the model whose output a dictionary reads."""
+    if sae.reads != "own":
+        raise RlsaeError(
+            f"the dictionary reads {sae.reads} (the rows of base and tuned), not those of one model; let the other model run beside "
+            "it: rlsae.beside.at_model"
+        )
     path = sae.metadata.get("hook_name")
     found = dict(model.named_modules()).get(path)
     if found is None:
