@@ -63,8 +63,8 @@ def _module(model: PreTrainedModel, sae: SparseAutoencoder) -> nn.Module:
     """The module of the model whose output a dictionary reads."""
     if sae.reads != "own":
         raise RlsaeError(
-            f"the dictionary reads {sae.reads} (the rows of base and tuned), not those of one model; let the other model run beside "
-            "it: rlsae.beside.at_model"
+            f"the dictionary reads {sae.reads} of base and tuned, not the rows of one model; let the other model run beside it "
+            "(rlsae.beside.at_model)"
         )
     path = sae.metadata.get("hook_name")
     found = dict(model.named_modules()).get(path)
