@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,15 +51,29 @@ class Report:
     """Runs whose manifests differ, or that ended with an error of their own."""
 
 
+Life = Callable[[Path, float, random.Random, Report], str]
+"""Of a folder, the longest life in seconds, the chance and the report; returns what it said where it ended with an error."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given = kills_and_seed(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         report = Report()
         with suppress(KeyboardInterrupt):  # tells what has been found so far
-            kill_at_random(Path(folder), given.kills, random.Random(given.seed), report)
+            kill_at_random(Path(folder), given.kills, random.Random(given.seed), report, live_and_die)
+    tell(report)
+
+
+def kills_and_seed(description: str | None) -> argparse.Namespace:
+    """`--kills` and `--seed` of the command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def tell(report: Report) -> None:
+    """Print the table and what went wrong; exit with 1 where something did."""
     print(f"{report.kills} kills in {report.runs} runs; {len(report.wrong)} runs ended otherwise than an undisturbed one")
     for line in report.wrong:
         print(line)
@@ -68,11 +83,12 @@ def main() -> None:
     sys.exit(bool(report.wrong))
 
 
-def kill_at_random(folder: Path, kills: int, rng: random.Random, report: Report) -> None:
+def kill_at_random(folder: Path, kills: int, rng: random.Random, report: Report, live: Life) -> None:
     """Kill at least so many times; every run goes on to its end.
 
     Args:
         folder: empty; runs lie in it.
+        live: kills a run until it ends.
     """
     whole, started = prepare(folder / "whole"), time.monotonic()
     done = subprocess.run(command(whole), capture_output=True, text=True, env=environment(), cwd=whole)
@@ -80,7 +96,7 @@ def kill_at_random(folder: Path, kills: int, rng: random.Random, report: Report)
     expected, longest = manifests(whole), max(2 * SHORTEST, LONGEST * (time.monotonic() - started))
     while report.kills < kills:
         run = prepare(folder / f"run{report.runs}")
-        error = live_and_die(run, longest, rng, report)
+        error = live(run, longest, rng, report)
         found = manifests(run)
         differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         if error or differing:
