@@ -21,14 +21,12 @@ from pathlib import Path
 
 import psutil
 
-from tests.faults.random_kills import Report, command, environment, kill_at_random, kills_and_seed, tell
+from tests.faults.random_kills import SHORTEST, Report, command, environment, kill_at_random, kills_and_seed, tell
 from tests.slurm.cluster import Cluster, cannot_install
 from tests.slurm.conftest import PROFILE, THREADS
 
 HEADS = 0.4
 """Share of the kills that hit Snakemake."""
-BETWEEN = (4.0, 14.0)
-"""Seconds from one kill to the next."""
 STAGE = re.compile(r"-m rlsae (\S+)")
 STILL_THERE = "jobs of a Snakemake that is gone still write"
 
@@ -59,7 +57,7 @@ def live_and_die(cluster: Cluster, run: Path, longest: float, rng: random.Random
             head = subprocess.Popen([*command(run), *through_slurm()], stdout=output, stderr=output, env=settings, cwd=run)
             while head.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
-                    head.wait(rng.uniform(*BETWEEN))
+                    head.wait(rng.uniform(SHORTEST, 2 * longest))  # jobs start slowly here
                     break
                 if rng.random() < HEADS:
                     report.by_rule["(Snakemake)"] += 1
