@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 
 from rlsae.resumable import LOCK, hold
 from tests.workflow.conftest import Run, clean_environment, finished, run
-from tests.workflow.verbs import STAGES, command, environment, run_to_the_end
+from tests.workflow.verbs import STAGES, command, environment, extraction, run_to_the_end
 
 pytestmark = pytest.mark.slow
 __all__ = ["finished", "run"]
@@ -45,28 +44,13 @@ def attempt(arguments):
     return subprocess.run(arguments, env=environment(), capture_output=True, text=True)
 
 
-def extraction(finished, out):
-    """The dump of one part, whose shards are what fills a disk."""
-    results = finished.workdir / "results"
-    (folder,) = results.glob("activations/tiny.texts/mlp/layers-*")
-    settings = json.loads((folder / "manifest.json").read_text())["parameters"]
-    options = [
-        "--settings",
-        json.dumps(settings),
-        "--policy",
-        results / "models/tiny",
-        "--tokens",
-        results / "tokens/tiny.texts",
-    ]
-    options += ["--weights", results / "models/tiny/model", "--work", out.with_name("work"), "--part", "0", "--stamp", out]
-    return [sys.executable, "-m", "rlsae", "extract", *map(str, options)]
-
-
 @pytest.mark.parametrize("verb", [*STAGES, "extract"])
 def test_a_full_disk_is_told_and_a_larger_one_continues(finished, tmp_path, verb):
     def stage(folder):
         folder.mkdir(exist_ok=True)
-        return extraction(finished, folder / "stamp.json") if verb == "extract" else command(finished, verb, folder / "out")[0]
+        if verb == "extract":  # its shards are what fills a disk
+            return extraction(finished, 0, folder / "stamp.json", folder / "work")
+        return command(finished, verb, folder / "out")[0]
 
     run_to_the_end(stage(tmp_path / "whole"))
     made = "stamp.json" if verb == "extract" else "out/manifest.json"

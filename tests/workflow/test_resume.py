@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlsae.resumable import LOCK, hold
-from tests.workflow.verbs import STAGES, command, environment, run_to_the_end
+from tests.workflow.verbs import STAGES, command, dump_options, environment, extraction, run_to_the_end
 
 
 def kill_after_progress(arguments: list[str], work: Path, with_signal: int, delay: float) -> None:
@@ -45,24 +44,10 @@ def test_a_killed_stage_continues_and_ends_as_if_never_killed(finished, tmp_path
 
 
 def test_a_killed_dump_recomputes_only_its_missing_shards(finished, tmp_path):
-    results = finished.workdir / "results"
-    (folder,) = results.glob("activations/tiny.texts/mlp/layers-*")
-    settings = json.loads((folder / "manifest.json").read_text())["parameters"] | {"rows_per_part": 1024}
-    shared = [
-        "--settings",
-        json.dumps(settings),
-        "--policy",
-        results / "models/tiny",
-        "--tokens",
-        results / "tokens/tiny.texts",
-    ]
-
     def dump(out: Path, kill: bool) -> None:
         work = out.with_name(out.name + ".work")
         for part in range(3):
-            arguments = [sys.executable, "-m", "rlsae", "extract", "--part", str(part), "--stamp", out / f"part-{part}.json"]
-            arguments += ["--weights", results / "models/tiny/model", "--work", work, "--threads", "1", *shared]
-            arguments = [str(argument) for argument in arguments]
+            arguments = extraction(finished, part, out / f"part-{part}.json", work, rows_per_part=1024)
             if kill:
                 process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL)
                 while process.poll() is None and not (work / "created").exists():
@@ -70,9 +55,10 @@ def test_a_killed_dump_recomputes_only_its_missing_shards(finished, tmp_path):
                 process.send_signal(signal.SIGKILL)
                 process.wait()
             run_to_the_end(arguments)
-        consolidate = [sys.executable, "-m", "rlsae", "consolidate", *shared, "--work", work, "--out", out]
-        consolidate += [option for part in range(3) for option in ("--stamp", out / f"part-{part}.json")]
-        run_to_the_end([str(argument) for argument in consolidate])
+        options = ["--work", work, "--out", out]
+        options += [option for part in range(3) for option in ("--stamp", out / f"part-{part}.json")]
+        shared = dump_options(finished, rows_per_part=1024)
+        run_to_the_end([sys.executable, "-m", "rlsae", "consolidate", *map(str, options), *shared])
 
     dump(tmp_path / "whole", kill=False)
     dump(tmp_path / "killed", kill=True)

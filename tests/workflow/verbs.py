@@ -36,6 +36,22 @@ def command(finished, verb: str, out: Path) -> tuple[list[str], Path]:
     return [sys.executable, "-m", "rlsae", verb, *map(str, options), *map(str, shared)], work
 
 
+def extraction(finished, part: int, stamp: Path, work: Path, **changes) -> list[str]:
+    """The command line of one part of the finished run's dump, with changed settings."""
+    options = ["--part", part, "--stamp", stamp, "--work", work, "--threads", 1]
+    options += ["--weights", finished.workdir / "results/models/tiny/model"]
+    return [sys.executable, "-m", "rlsae", "extract", *map(str, options), *dump_options(finished, **changes)]
+
+
+def dump_options(finished, **changes) -> list[str]:
+    """What extract and consolidate are both told of the finished run's dump."""
+    results = finished.workdir / "results"
+    (folder,) = results.glob("activations/tiny.texts/mlp/layers-*")
+    settings = json.loads((folder / "manifest.json").read_text())["parameters"] | changes
+    inputs = ["--policy", results / "models/tiny", "--tokens", results / "tokens/tiny.texts"]
+    return ["--settings", json.dumps(settings), *map(str, inputs)]
+
+
 def environment() -> dict[str, str]:
     return clean_environment() | {"RLSAE_SAVE_SECONDS": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
 
