@@ -14,8 +14,11 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 @contextmanager
-def serving(repositories):
-    """Serve folders by kind and name (`("models", "small/model")`); yields the address and the list of what is asked for."""
+def serving(repositories, token=None):
+    """Serve folders by kind and name (`("models", "small/model")`), to those alone who show the token, if there is one.
+
+    Yields the address and the list of what is asked for.
+    """
     asked = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -46,6 +49,8 @@ def serving(repositories):
         def do_GET(self):
             path = unquote(urlsplit(self.path).path)
             asked.append(path)
+            if token and self.headers["Authorization"] != f"Bearer {token}":
+                return self.answer(b"{}", 401, {"X-Error-Code": "GatedRepo"})
             for (kind, name), folder in repositories.items():
                 if path.startswith(f"/api/{kind}/{name}"):
                     return self.describe(folder, name, path.removeprefix(f"/api/{kind}/{name}"))

@@ -176,6 +176,7 @@ def build_small_report(
         for explainer in ("tokens", "ensemble")
         for judge in ("detection", "fuzzing")
     ]
+    said.append(said[-1] | {"judge": "llm_detection", "score": 0.75})
     failure = {"explainer": "tokens", "failure": "missed", "document": 9, "tokens": [evil, " ends"]}
     failure |= {"activations": [0.0, 1.5], "predictions": [0.5, 0.0]}
     tuning = {"method": "ppo", "reward": "vader", "kl_target": None}

@@ -83,6 +83,13 @@ def test_every_explainer_stands_with_its_scores_and_its_failures(plain):
     assert "No language model was asked: name one" in page
 
 
+def test_a_judge_that_was_not_asked_about_an_explanation_leaves_its_place_empty(plain):
+    page = plain["latents/tuned-1-small-0.html"]
+    rows = dict(re.findall(r"<tr><th>(tokens|ensemble)</th>(.*?)</tr>", page, re.DOTALL))
+    assert rows["tokens"].endswith('<td class="n"></td>')
+    assert "0.750" in rows["ensemble"]
+
+
 def test_what_was_not_measured_is_said(plain):
     assert '<td class="n" data-label="score">n/a</td>' in plain["latents.html"]
     assert "not tried alone" in plain["latents/base-1-small-0.html"]

@@ -1,4 +1,7 @@
-"""Nothing that was downloaded or damaged can run code: no loader unpickles, and no string of a configuration is a command."""
+"""Nothing that was downloaded or damaged can run code, and no secret is written down.
+
+No loader unpickles, and no string of a configuration is a command.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 import zarr
 from small_artifacts import random_documents, tokens_of, write_policy, write_store
+from small_hub import serving
+from small_llm_server import KEY, Reply, examples, served
 
 from rlsae.activations.store import ActivationStore
 from rlsae.config import FileCorpus
@@ -27,6 +33,7 @@ from rlsae.models import load, load_classifier
 from rlsae.resumable import Stage
 from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.sae.external import load_external
+from tests.workflow.conftest import TINY, Run, write_inputs
 
 ROOT = Path(__file__).parents[2]
 UNPICKLES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
@@ -215,3 +222,55 @@ def test_no_string_of_a_configuration_reaches_a_shell_unquoted(tmp_path, injecti
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "executed").exists()
+
+
+# --- secrets -------------------------------------------------------------------------------------------------------
+
+TOKEN = "hf_verySecretToken0123456789"
+STUDY = {"tuning": "own-ppo", "corpus": "texts", "activation": "mlp", "layers": [0], "dictionaries": ["small"], "llm": "reader"}
+STUDY |= {"interpretation": {"latents": 3, "examples": 3, "probes": None, "interventions": None}}
+
+
+def reader(asked):
+    """A language model that explains and judges, and whose server refuses other questions and repeats the key."""
+    if examples(asked):
+        return json.dumps([1] * len(examples(asked)))
+    if "related to" in asked:
+        return Reply(json.dumps({"error": {"message": f"no such model for {KEY}"}}), 404)
+    return f"It fires on {KEY}."
+
+
+@pytest.mark.slow
+def test_no_secret_of_the_environment_is_in_what_a_study_writes_or_says(tmp_path, monkeypatch):
+    """The hub wants the token and the server of the language model the key; a second model, which is not there, fails."""
+    run = Run(tmp_path)
+    run.repository.symlink_to(ROOT)
+    write_inputs(run.workdir / "inputs")
+    hub = {("models", "small/model"): run.workdir / "inputs/model"}
+    with serving(hub, TOKEN) as (hub_address, fetched), served(reader) as server:
+        llm = {"kind": "openai", "base_url": server.url, "model": "small", "key_variable": "A_KEY"}
+        models = {name: {"source": "hub", "repository": f"small/{name}"} for name in ("model", "lost")}
+        studies = {"main": STUDY | {"model": "model"}, "failing": STUDY | {"model": "lost"}}
+        run.write_config(TINY | {"models": models, "llms": {"reader": llm}, "studies": studies})
+        for name, value in {"HF_TOKEN": TOKEN, "A_KEY": KEY, "HF_ENDPOINT": hub_address, "HF_HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        done = run.snakemake("--keep-going", "--show-failed-logs", "--verbose", "--printshellcmds")
+    assert done.returncode == 1
+    assert "cannot load the model small/lost" in done.stdout + done.stderr
+    assert any(path.endswith("model.safetensors") for path in fetched)
+    assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
+    explained = run.workdir / "results/interpretation/main/explanations.parquet"
+    assert "It fires on [key]." in set(pd.read_parquet(explained).explanation)
+    assert "no such model for [key]" in (run.workdir / "logs/interpretation/main.log").read_text()
+    written = [path for path in run.workdir.rglob("*") if path.is_file()]
+    for place in ("results/.llm-answers", "results/reports/main", "logs/models/lost.log", "benchmarks", ".snakemake/log"):
+        assert any(path.is_relative_to(run.workdir / place) for path in written)
+    for secret in (TOKEN, KEY):
+        assert secret not in done.stdout + done.stderr
+        assert not [path for path in written if secret.encode() in content_of(path)]
+
+
+def content_of(path):
+    """The bytes of a file; those of a table as they are before compression."""
+    return pd.read_parquet(path).to_csv().encode() if path.suffix == ".parquet" else path.read_bytes()
