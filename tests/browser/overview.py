@@ -85,6 +85,14 @@ def expected_numbers(results, study):
         [number(row.latents), number(row.reward), cell(percent(row.share), (row.share_low, row.share_high)), number(row.kl)]
         for row in transplants.itertuples()
     ]
+    found["causes"] += [
+        [
+            number(row.latents),
+            cell(percent(row.ablated), (row.ablated_low, row.ablated_high)),
+            cell(percent(row.transplanted), (row.transplanted_low, row.transplanted_high)),
+        ]
+        for row in table(f"interpretation/{study}/carried").itertuples()
+    ]
 
     probes = table(f"interpretation/{study}/probes")
     probes = probes[(probes.probe == "ridge") & (probes.target == "lexicon")].set_index(["features", "metric"])
