@@ -168,14 +168,19 @@ class Layout:
         return self.layer_source(layers.same_as) if isinstance(layers, SameAs) else study
 
     def static_layers(self, study: str) -> list[int] | None:
-        """The layers of a study where the configuration alone tells them; None where they must be measured."""
-        entry = self.config.studies[self.layer_source(study)]
+        """The layers of a study where the configuration alone tells them; None where they must be measured.
+
+        Raises:
+            RlsaeError: the model is known to have fewer than are asked for.
+        """
+        source = self.layer_source(study)
+        entry = self.config.studies[source]
+        count = self.layer_count(entry.model)
+        if count is not None:
+            check_layers(f"studies.{source}.layers", self.divergence_settings(source)["layers"], count)
         if isinstance(entry.layers, list):
             return sorted(set(entry.layers))
-        if isinstance(entry.layers, Choice) and entry.layers.order in ("highest", "lowest"):
-            return None
-        count = self.layer_count(entry.model)
-        if count is None:
+        if count is None or (isinstance(entry.layers, Choice) and entry.layers.order in ("highest", "lowest")):
             return None
         if not isinstance(entry.layers, Choice):
             return list(range(count))
@@ -323,14 +328,20 @@ class Layout:
         return RESULTS / "dictionaries" / f"{policy}.{study.corpus}" / study.activation / kind / f"layer{layer}" / dictionary
 
 
-def positional_layers(choice: Choice, count: int) -> list[int]:
-    """The first or last layers of a model with `count` layers.
+def check_layers(key: str, layers: Any, count: int) -> None:
+    """Compare the `layers` of a study, as plain values, with a model of `count` layers.
 
     Raises:
-        RlsaeError: it has fewer than asked.
+        RlsaeError: it has fewer than are asked for.
     """
-    if choice.count > count:
-        raise RlsaeError(f"layers.count: {choice.count} layers are asked for, the model has {count}")
+    if isinstance(layers, list) and max(layers) >= count:
+        raise RlsaeError(f"{key}: layer {max(layers)} is asked for, the model has layers 0 to {count - 1}")
+    if isinstance(layers, dict) and layers.get("count", 0) > count:
+        raise RlsaeError(f"{key}.count: {layers['count']} layers are asked for, the model has {count}")
+
+
+def positional_layers(choice: Choice, count: int) -> list[int]:
+    """The first or last layers of a model with `count` layers."""
     return list(range(choice.count)) if choice.order == "first" else list(range(count - choice.count, count))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SLUG = r"[a-z0-9]+(-[a-z0-9]+)*"
 Slug = Annotated[str, Field(pattern=f"^{SLUG}$")]
@@ -36,6 +36,14 @@ class Entry(BaseModel):
     """One named entry of a section. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, values: Any) -> Any:
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool) and key in cls.model_fields and cls.model_fields[key].annotation is not bool:
+                raise ValueError(f"{key}: expected no truth value, found {str(value).lower()}")
+        return values
 
     @classmethod
     def marked(cls, mark: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlsae.config.entry import CorpusName, Entry, FilePath, Positive, Seed, Share
 
@@ -72,6 +72,12 @@ class PretrainedModel(Entry):
     steps: Positive = Field(300, description="Optimizer steps.")
     batch_size: Positive = Field(32, description="Documents per step.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(3e-3, description="Peak learning rate (cosine to zero).")
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> PretrainedModel:
+        if self.width % self.heads:
+            raise ValueError(f"width: {self.width} channels cannot be shared among {self.heads} heads")
+        return self
 
 
 class LocalModel(Entry):

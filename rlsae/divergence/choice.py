@@ -11,19 +11,7 @@ import numpy as np
 
 from rlsae.config import Choice
 from rlsae.divergence.table import Measured
-from rlsae.errors import RlsaeError
 from rlsae.layout import positional_layers
-
-
-def check(layers: Any, count: int) -> None:
-    """
-    Raises:
-        RlsaeError: a model of `count` layers has fewer than are asked for.
-    """
-    if isinstance(layers, list) and max(layers) >= count:
-        raise RlsaeError(f"layers: layer {max(layers)} is asked for, the model has layers 0 to {count - 1}")
-    if isinstance(layers, dict) and layers.get("count", 0) > count:
-        raise RlsaeError(f"layers.count: {layers['count']} layers are asked for, the model has {count}")
 
 
 def choose(layers: Any, found: Mapping[str, Measured], count: int, same_as: Path | None) -> dict[str, Any]:

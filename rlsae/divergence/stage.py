@@ -19,11 +19,11 @@ from rlsae.artifacts import Manifest
 from rlsae.compute import device
 from rlsae.divergence import figures
 from rlsae.divergence.activations import activation_divergence
-from rlsae.divergence.choice import check, choose
+from rlsae.divergence.choice import choose
 from rlsae.divergence.function import Sample, function_divergence
 from rlsae.divergence.table import Measured, layer_table, of_whole_layers, rank_agreement
 from rlsae.divergence.weights import weight_divergence
-from rlsae.layout import folder_layer_count
+from rlsae.layout import check_layers, folder_layer_count
 from rlsae.models import load
 from rlsae.progress import Progress
 from rlsae.resumable import Stage
@@ -59,7 +59,7 @@ def build_divergence(
     inputs |= {f"survey_{step}": survey for step, survey in checkpoints.items()}
     inputs |= {name: path for name, path in (("reward", reward_file), ("same_as", same_as)) if path}
     count = folder_layer_count(base.weights)
-    check(settings["layers"], count)
+    check_layers("layers", settings["layers"], count)
     with Stage("divergence", out, settings, inputs, work) as stage:
         recipe = Manifest.read(tuned.artifact).parameters
         entry, reward = judged_by(tuned.artifact, reward_file)

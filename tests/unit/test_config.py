@@ -264,6 +264,17 @@ def test_a_value_out_of_range_is_named_with_the_range(raw, section, entry, key, 
     assert mistake(raw) == f"{section}.{entry}.{key}: {expected}"
 
 
+@pytest.mark.parametrize("key", ["steps", "learning_rate"])
+def test_true_is_no_number(raw, key):
+    raw["models"]["tiny"][key] = True
+    assert mistake(raw) == f"models.tiny: {key}: expected no truth value, found true"
+
+
+def test_a_width_that_its_heads_cannot_share_is_refused(raw):
+    raw["models"]["tiny"] |= {"width": 100, "heads": 3}
+    assert mistake(raw) == "models.tiny: width: 100 channels cannot be shared among 3 heads"
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_number_that_is_not_finite_is_refused_because_no_manifest_can_hold_it(raw, value):
     raw["rewards"]["lexicon"]["scale"] = value

@@ -19,6 +19,7 @@ from rlsae.plants.plant import Plant, draw_rows, write_activations
 from rlsae.plants.training import train_recipe
 from rlsae.plants.trials import RECIPES
 from rlsae.plants.trials import SHARED as SHARED_SETTINGS
+from rlsae.sae.architectures import ARCHITECTURES
 from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.sae.evaluate import held_out_quality
 from rlsae.sae.train import build_dictionaries, new_members
@@ -156,6 +157,35 @@ def test_on_equal_rows_nearly_all_live_latents_have_a_norm_ratio_of_a_half(twins
     assert len(ratio_F) > 150
     assert ((ratio_F - 0.5).abs() <= 0.01).float().mean() >= 0.99
     assert quality["fvu_base"] == pytest.approx(quality["fvu_tuned"], rel=0.01)
+
+
+@pytest.mark.parametrize("architecture", CROSSCODERS)
+def test_a_crosscoder_that_was_killed_goes_on_and_ends_with_the_same_bits(stores, architecture, monkeypatch, tmp_path):
+    monkeypatch.setenv("RLSAE_SAVE_SECONDS", "0")
+    recipe = RECIPES[f"crosscoder_{architecture}"] | SHARED_SETTINGS | {"batch_rows": ROWS}
+    kind, taken = ARCHITECTURES[architecture], []
+
+    def learn(folder, until=None):
+        def backward(self, acts_BD, strength=1.0, original=kind.backward):
+            if len(taken) == until:
+                raise KeyboardInterrupt
+            taken.append(self)
+            return original(self, acts_BD, strength)
+
+        taken.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "backward", backward)
+            return train_recipe(recipe, 2, "tuned", stores, None, tmp_path / folder)
+
+    whole = learn("whole")
+    total = len(taken)
+    with pytest.raises(KeyboardInterrupt):
+        learn("killed", until=15)  # between the two seeds of the eighth step
+    resumed = learn("killed")
+    assert len(taken) == total - 14
+    for seed, sae in whole.items():
+        assert torch.equal(resumed[seed].W_enc_DF, sae.W_enc_DF)
+        assert torch.equal(resumed[seed].W_dec_FD, sae.W_dec_FD)
 
 
 def test_a_crosscoder_tells_what_it_writes_in_each_model(tmp_path):

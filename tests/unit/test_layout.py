@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from rlsae.config import Choice
 from rlsae.errors import RlsaeError
 from rlsae.expand import parse_config
 from rlsae.layout import (
@@ -19,7 +18,6 @@ from rlsae.layout import (
     layers_of,
     model_of,
     policy_folder,
-    positional_layers,
     run_this_checkout,
     weights_folder,
 )
@@ -146,10 +144,11 @@ def test_layers_of_the_same_study_are_followed_to_their_end(raw):
 
 
 def test_more_layers_than_the_model_has_are_refused(raw):
-    with pytest.raises(RlsaeError, match=r"layers\.count: 5 layers are asked for, the model has 4"):
-        layers(raw, {"order": "first", "count": 5})
-    with pytest.raises(RlsaeError, match="3 layers are asked for, the model has 2"):
-        positional_layers(Choice(order="last", count=3), 2)
+    for order in ("first", "highest"):
+        with pytest.raises(RlsaeError, match=r"studies\.main\.layers\.count: 5 layers are asked for, the model has 4"):
+            layers(raw, {"order": order, "count": 5})
+    with pytest.raises(RlsaeError, match=r"studies\.main\.layers: layer 4 is asked for, the model has layers 0 to 3"):
+        layers(raw, [1, 4])
 
 
 def test_the_number_of_layers_of_a_hub_model_is_not_known_before_it_is_loaded(raw):

@@ -106,11 +106,11 @@ def test_a_folder_that_is_no_model_is_an_error(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_more_layers_than_the_model_has_is_an_error_of_the_job_that_shows_its_log(run):
+def test_more_layers_than_the_model_has_is_an_error_before_anything_runs(run):
     run.set("studies.main.layers.count", 9)
-    done = run.snakemake("--show-failed-logs", "--", "all")
+    done = run.snakemake("--dry-run", "--", "all")
     assert done.returncode != 0
-    assert "layers.count: 9 layers are asked for, the model has 3" in done.stdout + done.stderr
+    assert "studies.main.layers.count: 9 layers are asked for, the model has 3" in done.stdout + done.stderr
 
 
 def test_a_results_folder_that_cannot_be_written_is_an_error(tmp_path):
