@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SNAKEMAKE := $(BIN)/snakemake --workflow-profile workflow/profiles/default --cores $(CORES)
 PYTEST := $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
 
-.PHONY: demo test test-all peers drivers lint benchmarks clean
+.PHONY: demo test test-all faults peers drivers lint benchmarks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -20,6 +20,12 @@ test: $(VENV)/installed lint
 
 test-all: $(VENV)/installed lint peers drivers
 	$(PYTEST)
+
+# The tables of docs/faults.md: what each fault does, then kills at random moments (an hour on two cores).
+faults: $(VENV)/installed
+	$(PYTEST) tests/faults tests/slurm tests/workflow/test_resume.py
+	$(BIN)/python -m tests.faults.random_kills --kills 60
+	$(BIN)/python -m tests.faults.random_kills_slurm --kills 45
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

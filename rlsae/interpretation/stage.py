@@ -136,7 +136,9 @@ def build_interpretation(
         effects = Tables.empty()
         if entry.interventions:
             prompts = FixedPrompts.draw(corpus, tokenizer, base_model, tuning, reward, entry.interventions.prompts)
-            effects = intervene(entry.interventions, members, models, subject.hook, subject.rows, subject.maps, prompts, where)
+            effects = intervene(
+                entry.interventions, members, models, subject.hook, subject.rows, subject.maps, prompts, where, stage
+            )
         latents = pd.DataFrame(found.latents, columns=LATENT_COLUMNS).merge(effects.single, "left", KEY)
         if client:
             latents = latents.assign(llm_task_related=task_answers(client, found, entry.task))

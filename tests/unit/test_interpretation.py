@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -189,6 +190,8 @@ def interpret(policies, tmp_path):
 
     def build(folder="a", channels=CHANNELS, tokens=TOKENS, changes=(0.1, 0.9, 0.5, 0.7), seeds=(0, 1), **settings):
         results = tmp_path / folder / "results"
+        for made in ("activations", "dictionaries"):
+            shutil.rmtree(results / made, ignore_errors=True)
         acts = np.random.default_rng(1).normal(size=(len(tokens.token), WIDTH)) * 0.1
         acts[:, : len(channels)] = np.stack(channels, 1)
         stores, dictionaries, rows = {}, {}, []
@@ -334,6 +337,28 @@ def test_interventions_fill_their_tables(interpret):
     explained = pd.read_parquet(out / "latents.parquet")
     assert explained.ablation_reward_change.notna().equals(explained.role == "tuned")
     assert pd.read_parquet(out / "reward_links.parquet").reward_gradient.notna().all()
+
+
+def test_an_interpretation_that_was_killed_repeats_no_dictionary_that_it_was_done_with(interpret, monkeypatch):
+    settings = {"latents": 2, "interventions": {"prompts": 8, "latents": 2, "random_sets": 3, "gains": [0.0, 2.0]}}
+    whole, done = interpret("whole", **settings), []
+
+    def ablations(table, policy, *others, original=ablation.ablations):
+        done.append(policy)
+        return original(table, policy, *others)
+
+    def killed_at_the_second(table, policy, *others):
+        if policy == "tuned":
+            raise KeyboardInterrupt
+        return ablations(table, policy, *others)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ablation, "ablations", killed_at_the_second)
+        interpret("killed", **settings)
+    monkeypatch.setattr(ablation, "ablations", ablations)
+    resumed = interpret("killed", **settings)
+    assert done == ["base", "tuned"]
+    assert (resumed / MANIFEST).read_bytes() == (whole / MANIFEST).read_bytes()
 
 
 def test_a_language_model_explains_judges_and_is_asked_about_the_task(interpret, monkeypatch):

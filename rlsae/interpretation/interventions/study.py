@@ -20,6 +20,7 @@ from rlsae.interpretation.interventions.edit import Edit, edited
 from rlsae.interpretation.interventions.effects import Place, rewards
 from rlsae.models import Hook
 from rlsae.progress import Progress
+from rlsae.resumable import Stage
 from rlsae.sae.dictionary import SparseAutoencoder
 from rlsae.tuning.fixed_prompts import FixedPrompts
 
@@ -38,6 +39,10 @@ class Member:
     table: pd.DataFrame
     """Its rows of the comparison's `latents.parquet`, with `reward_correlation`."""
     explained: list[int]
+
+    @property
+    def label(self) -> str:
+        return f"{self.role} layer {self.layer} {self.name}"
 
 
 @dataclass(frozen=True)
@@ -70,37 +75,57 @@ def intervene(
     maps: dict[int, tuple[LinearMaps, int]],
     prompts: FixedPrompts,
     where: torch.device,
+    stage: Stage,
 ) -> Tables:
-    """Tables of all dictionaries.
+    """Tables of all dictionaries; those that an earlier, unfinished run has done are taken from its partial state.
 
     Args:
         models: base and tuned, by role.
         maps: by layer, with the rank that the layer's latents share.
     """
-    ablated: list[dict[str, Any]] = []
-    steered: list[dict[str, Any]] = []
-    moved: list[dict[str, Any]] = []
-    carry: list[dict[str, Any]] = []
-    single: list[dict[str, Any]] = []
-    progress = Progress("intervene", len(members), "dictionaries")
+    _, done = stage.load_state() or ({}, {})
+    progress = Progress("intervene", len(members), "dictionaries", done=len(done))
     for member in members:
-        place = Place(models[member.role], member.layer, hook)
-        key = {"policy": member.role, "layer": member.layer, "dictionary": member.name, "seed": member.seed}
-        sets = ablation.sets_of(member.table, entry.latents)
+        if member.label in done:
+            continue
         layer_maps, rank = maps[member.layer]
-        with at_model(member.sae, member.role, member.role, models, member.layer, hook) as sae:
-            ablated += ablation.ablations(member.table, member.role, place, sae, prompts, sets, entry.random_sets)
-            steered += steering.dose_response(key, place, sae, prompts, models["base"], sets, entry.gains)
-            single += one_by_one(member, place, sae, prompts) if member.role == "tuned" else []
-        del key["policy"]
-        if member.role == "base":
-            change = transplant.Change.estimate(member.sae, rows[member.layer], layer_maps, rank, where)
-            tagged = member.table.latent[member.table.tag.isin(CHANGED)].tolist()
-            moved += transplant.transplants(key, place, models["tuned"], change, tagged, prompts)
-        else:
-            carry += carried.carried(key, member.sae, sets, models, hook, rows[member.layer], layer_maps, prompts)
+        found = _interventions(entry, member, models, hook, rows[member.layer], layer_maps, rank, prompts, where)
+        done[member.label] = [pd.DataFrame(of_table).to_dict("records") for of_table in found]
+        stage.save_state({}, done)
         progress.update()
-    return Tables.of(ablated, steered, moved, carry, single)
+    by_table = zip(*(done[member.label] for member in members), strict=True)
+    return Tables.of(*([row for of_member in of_table for row in of_member] for of_table in by_table))
+
+
+def _interventions(
+    entry: Interventions,
+    member: Member,
+    models: dict[str, PreTrainedModel],
+    hook: Hook,
+    rows: PairedRows,
+    maps: LinearMaps,
+    rank: int,
+    prompts: FixedPrompts,
+    where: torch.device,
+) -> list[list[dict[str, Any]]]:
+    """Rows of each of `Tables` for one dictionary."""
+    place = Place(models[member.role], member.layer, hook)
+    key = {"layer": member.layer, "dictionary": member.name, "seed": member.seed}
+    sets = ablation.sets_of(member.table, entry.latents)
+    moved, carry, single = [], [], []
+    with at_model(member.sae, member.role, member.role, models, member.layer, hook) as sae:
+        ablated = ablation.ablations(member.table, member.role, place, sae, prompts, sets, entry.random_sets)
+        of_policy = {"policy": member.role} | key
+        steered = steering.dose_response(of_policy, place, sae, prompts, models["base"], sets, entry.gains)
+        if member.role == "tuned":
+            single = one_by_one(member, place, sae, prompts)
+    if member.role == "base":
+        change = transplant.Change.estimate(member.sae, rows, maps, rank, where)
+        tagged = member.table.latent[member.table.tag.isin(CHANGED)].tolist()
+        moved = transplant.transplants(key, place, models["tuned"], change, tagged, prompts)
+    else:
+        carry = carried.carried(key, member.sae, sets, models, hook, rows, maps, prompts)
+    return [ablated, steered, moved, carry, single]
 
 
 def one_by_one(member: Member, place: Place, sae: AnySae, prompts: FixedPrompts) -> list[dict[str, Any]]:
