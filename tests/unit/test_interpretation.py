@@ -352,8 +352,8 @@ def test_an_interpretation_that_was_killed_repeats_no_dictionary_that_it_was_don
             raise KeyboardInterrupt
         return ablations(table, policy, *others)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ablation, "ablations", killed_at_the_second)
+    monkeypatch.setattr(ablation, "ablations", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
         interpret("killed", **settings)
     monkeypatch.setattr(ablation, "ablations", ablations)
     resumed = interpret("killed", **settings)
