@@ -8,10 +8,8 @@ local run that nobody disturbed.
 from __future__ import annotations
 
 import functools
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +25,8 @@ from tests.slurm.conftest import PROFILE, THREADS
 
 HEADS = 0.4
 """Share of the kills that hit Snakemake."""
+AT_WORK = 8.0
+"""Seconds from the sight of a stage to its kill, at most; importing torch takes the first two."""
 RETRIES = 2
 """Of the profile: a job that was killed more often ends the run, and the same command goes on."""
 STAGE = re.compile(r"-m rlsae (\S+)")
@@ -64,10 +64,10 @@ def live_and_die(cluster: Cluster, run: Path, longest: float, rng: random.Random
                 if rng.random() < HEADS:
                     report.by_rule["(Snakemake)"] += 1
                     head.kill()
-                elif not (stage := kill_a_stage(run, rng)):
-                    continue
-                else:
+                elif stage := kill_a_stage(run, rng, head):
                     report.by_rule[stage] += 1
+                else:
+                    break
                 killed += 1
                 report.kills += 1
                 print(f"kill {report.kills}, run {report.runs}", file=sys.stderr, flush=True)
@@ -86,21 +86,28 @@ def through_slurm() -> list[str]:
     return [*arguments, "--slurm-init-seconds-before-status-checks", "1"]
 
 
-def kill_a_stage(run: Path, rng: random.Random) -> str:
-    """Kill the process of a stage that works in a folder; returns its verb, or nothing where there is none."""
-    found = {}
+def kill_a_stage(run: Path, rng: random.Random, head: subprocess.Popen[bytes]) -> str:
+    """Kill the process of a stage some time after it was first seen; returns its verb, or nothing where the run ends before."""
+    while head.poll() is None:
+        if found := stages(run):
+            process = rng.choice(found)
+            time.sleep(rng.uniform(0, AT_WORK))
+            with suppress(psutil.Error):
+                if stage := STAGE.search(" ".join(process.cmdline())):
+                    process.kill()
+                    return stage[1]
+        time.sleep(0.1)
+    return ""
+
+
+def stages(run: Path) -> list[psutil.Process]:
+    """The processes of stages that work in a folder."""
+    found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            stage = STAGE.search(" ".join(process.cmdline()))
-            if stage and process.name().startswith("python") and process.cwd() == str(run):
-                found[process.pid] = stage[1]
-    if not found:
-        return ""
-    pid = rng.choice(sorted(found))
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-        return found[pid]
-    return ""
+            if process.cwd() == str(run) and process.name().startswith("python") and STAGE.search(" ".join(process.cmdline())):
+                found.append(process)
+    return found
 
 
 def clean_up(run: Path, settings: dict[str, str], rng: random.Random) -> None:
