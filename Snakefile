@@ -25,10 +25,12 @@ onstart:
 
 
 onsuccess:
+    forget_all(RESULTS)
     mark_reports(CONFIG)
 
 
 onerror:
+    forget_all(RESULTS)
     mark_reports(CONFIG)
 
 

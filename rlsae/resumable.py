@@ -2,7 +2,11 @@
 
 Snakemake deletes the outputs of a job that fails, so partial state lives in an undeclared folder under `results/.work`.
 A stage that starts finds there either nothing, or its own earlier state (same fingerprint: it continues), or the state
-of other settings (it is wiped). Outputs are built in the work folder too and moved into place at the end, manifest last.
+of other settings (it is wiped). Outputs are built in the work folder too and put into place at the end, manifest last.
+
+A kill may come after that and before Snakemake has noted it, which then deletes the outputs as incomplete. So the work folder
+keeps a second name (a hard link) of every file until a stage that reads the artifact starts, or the run ends: a stage that
+finds itself finished puts its outputs back and does nothing else.
 """
 
 from __future__ import annotations
@@ -37,11 +41,19 @@ from rlsae.progress import say
 if TYPE_CHECKING:
     from torch import Tensor
 
+WORK = ".work"
+"""Folder in the results that mirrors them, with the work folder of each artifact."""
 LOCK = "lock"
 OUTPUTS = "outputs"
 FINGERPRINT = "fingerprint.json"
+FINISHED = "finished.json"
+"""Manifest and provenance of outputs that are whole."""
 SAVE_SECONDS = 60.0
 """Time between two partial states; `RLSAE_SAVE_SECONDS` overrides. It changes no result."""
+
+
+class AlreadyFinished(Exception):  # noqa: N818 (no error)
+    """The stage was finished before; its outputs are in place again, and nothing is left to do."""
 
 
 class Stage:
@@ -58,6 +70,7 @@ class Stage:
 
     Raises:
         RlsaeError: an input is missing, or another process works on the same artifact.
+        AlreadyFinished: on entry.
     """
 
     def __init__(
@@ -73,6 +86,8 @@ class Stage:
         self.name, self.out, self.parameters = name, out, parameters
         self.inputs = input_digests(inputs)
         self.work = work or out.parent / f".{out.name}.work"
+        self.keep_finished = work is not None and WORK in work.parts
+        self.artifacts = list(inputs.values())
         self.keep_outputs = keep_outputs
         self.fingerprint = fingerprint(name, parameters, self.inputs, state_version)
         self.details: dict[str, Any] = {}
@@ -83,9 +98,13 @@ class Stage:
         self._lock = hold(self.work / LOCK)
         claim(self.work, self.fingerprint)
         self.staging = self.work / OUTPUTS
+        if (self.work / FINISHED).exists():
+            self._put_back()
         if not self.keep_outputs:
             shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir(exist_ok=True)
+        for artifact in self.artifacts:
+            forget(artifact)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -129,7 +148,7 @@ class Stage:
         return tensors, values
 
     def publish(self, metrics: dict[str, Any], digests: Mapping[Path, str] | None = None) -> None:
-        """Move everything staged into the artifact's folder, the manifest last, and delete the work folder.
+        """Put everything staged into the artifact's folder, the manifest last, and delete the partial state.
 
         Args:
             digests: of staged files, as far as they are known.
@@ -138,22 +157,69 @@ class Stage:
             RlsaeError: the folder cannot be written.
         """
         outputs = {path.name: digest(path, digests) for path in sorted(self.staging.iterdir())}
-        manifest = Manifest(self.name, self.parameters, self.inputs, outputs, metrics)
-        text = manifest.to_json()
+        manifest = Manifest(self.name, self.parameters, self.inputs, outputs, metrics).to_json()
+        seconds = time.monotonic() - self._started
+        made = json.dumps(provenance(seconds, self.details), indent=1) + "\n"
+        if self.keep_finished:
+            write(self.work / FINISHED, json.dumps({"manifest": manifest, "provenance": made}))
+        self._place(manifest, made)
+        if self.keep_finished:
+            for path in self.work.iterdir():
+                if path.name not in (LOCK, FINGERPRINT, FINISHED, OUTPUTS):
+                    _remove(path)
+        else:
+            (self.work / FINGERPRINT).unlink()  # what is half deleted is nobody's partial state
+            shutil.rmtree(self.work)
+        say(f"{self.name}: wrote {self.out} in {seconds:.1f} s")
+
+    def _place(self, manifest: str, made: str) -> None:
+        """Put outputs, provenance and manifest into the artifact's folder."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RlsaeError(f"cannot write {self.out}: {error.strerror}") from None
         (self.out / MANIFEST).unlink(missing_ok=True)
-        for name in outputs:
+        for name in json.loads(manifest)["outputs"]:
             _remove(self.out / name)
+            if self.keep_finished and _link(self.staging / name, self.out / name):
+                continue
+            self.keep_finished = False
             (self.staging / name).replace(self.out / name)
-        seconds = time.monotonic() - self._started
-        write(self.out / PROVENANCE, json.dumps(provenance(seconds, self.details), indent=1) + "\n")
-        write(self.out / MANIFEST, text)
-        (self.work / FINGERPRINT).unlink()  # what is half deleted is nobody's partial state
-        shutil.rmtree(self.work)
-        say(f"{self.name}: wrote {self.out} in {seconds:.1f} s")
+        write(self.out / PROVENANCE, made)
+        write(self.out / MANIFEST, manifest)
+
+    def _put_back(self) -> None:
+        """
+        Raises:
+            AlreadyFinished: the outputs of an earlier run are whole, and in place again.
+        """
+        finished = json.loads((self.work / FINISHED).read_text(encoding="utf-8"))
+        outputs = json.loads(finished["manifest"])["outputs"]
+        if all((self.staging / name).exists() and digest(self.staging / name) == known for name, known in outputs.items()):
+            self._place(finished["manifest"], finished["provenance"])
+            say(f"{self.name}: was finished before; its outputs are in {self.out} again")
+            self._lock.close()
+            raise AlreadyFinished
+        say(f"{self.name}: what was kept in {self.work} is not whole; making it anew")
+        (self.work / FINISHED).unlink()
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def forget(artifact: Path) -> None:
+    """Delete what was kept of a finished artifact. It has arrived: a stage that reads it starts, or the run is over."""
+    for parent in artifact.parents:
+        work = parent / WORK / artifact.relative_to(parent)
+        if (work / FINISHED).exists():
+            (work / FINISHED).unlink(missing_ok=True)
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def forget_all(results: Path) -> None:
+    """Delete what was kept of every finished artifact that is in place. Call it when nothing runs."""
+    for path in list((results / WORK).rglob(FINISHED)):
+        artifact = results / path.parent.relative_to(results / WORK)
+        if (artifact / MANIFEST).exists():
+            forget(artifact)
 
 
 def fingerprint(stage: str, parameters: dict[str, Any], inputs: dict[str, str], state_version: int) -> str:
@@ -216,6 +282,19 @@ def waiting_lock(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _link(path: Path, target: Path) -> bool:
+    """Give a file or all files of a folder a second name; False where the file system has no hard links."""
+    try:
+        if path.is_dir():
+            shutil.copytree(path, target, copy_function=os.link)
+        else:
+            os.link(path, target)
+    except OSError:
+        _remove(target)
+        return False
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -31,7 +31,7 @@ from rlsae.compute import device
 from rlsae.errors import RlsaeError
 from rlsae.models import Hook, blocks, component, load, module_path, output_tensor
 from rlsae.progress import Progress
-from rlsae.resumable import FINGERPRINT, LOCK, OUTPUTS, Stage, claim, fingerprint, hold, waiting_lock
+from rlsae.resumable import FINGERPRINT, FINISHED, LOCK, OUTPUTS, Stage, claim, fingerprint, hold, waiting_lock
 
 BATCH_TOKENS = 4096
 """Tokens of a forward pass, padding included."""
@@ -60,8 +60,9 @@ def extract_part(
     rows = available_rows(tokens, settings["rows"])
     with join(work, mark(settings, policy, tokens_folder)), hold(work / f"part-{part}.{LOCK}"):
         path = work / OUTPUTS / STORE
+        finished = (work / FINISHED).exists() and path.exists()
         with waiting_lock(work / f"create.{LOCK}"):
-            if not (work / "created").exists() or not path.exists():
+            if not finished and not ((work / "created").exists() and path.exists()):
                 shutil.rmtree(work / "done", ignore_errors=True)
                 channels = capture.width
                 check_space(work, rows * channels * len(layers) * np.dtype(settings["dtype"]).itemsize)
@@ -85,7 +86,7 @@ def extract_part(
         group = zarr.open_group(path, mode="a")
         arrays = {layer: group[f"layer/{layer}/acts"] for layer in layers}
         shards = shards_of_part(part, rows, settings["rows_per_part"], arrays[layers[0]].shards[0])
-        missing = [(first, stop) for first, stop in shards if not (work / "done" / f"{first}").exists()]
+        missing = [(first, stop) for first, stop in shards if not finished and not (work / "done" / f"{first}").exists()]
         progress = Progress(f"part {part}", sum(stop - first for first, stop in missing), "rows")
         with ThreadPoolExecutor(1) as writer:
             # One shard is written while the next one is computed; never more, so that memory stays flat.

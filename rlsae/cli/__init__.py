@@ -10,6 +10,7 @@ import sys
 from rlsae.cli import plant, results, stages
 from rlsae.cli.app import app
 from rlsae.errors import RlsaeError
+from rlsae.resumable import AlreadyFinished
 
 __all__ = ["app", "main", "plant", "results", "stages"]
 
@@ -23,6 +24,8 @@ def main() -> None:
         sys.argv.remove("--debug")
     try:
         app()
+    except AlreadyFinished:
+        pass
     except RlsaeError as error:
         if debug:
             raise

@@ -59,7 +59,7 @@ def live_and_die(cluster: Cluster, run: Path, longest: float, rng: random.Random
             head = subprocess.Popen([*command(run), *through_slurm()], stdout=output, stderr=output, env=settings, cwd=run)
             while head.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
-                    head.wait(rng.uniform(SHORTEST, 2 * longest))  # jobs start slowly here
+                    head.wait(rng.uniform(SHORTEST, longest))
                     break
                 if rng.random() < HEADS:
                     report.by_rule["(Snakemake)"] += 1

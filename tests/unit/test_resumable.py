@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
 
 from rlsae import resumable
 from rlsae.artifacts import MANIFEST, PROVENANCE, Manifest, digest
+from rlsae.cli import main
 from rlsae.errors import RlsaeError
-from rlsae.resumable import FINGERPRINT, LOCK, Stage, claim, fingerprint, hold, waiting_lock
+from rlsae.resumable import (
+    FINGERPRINT,
+    LOCK,
+    WORK,
+    AlreadyFinished,
+    Stage,
+    claim,
+    fingerprint,
+    forget_all,
+    hold,
+    waiting_lock,
+)
 
 SETTINGS = {"seed": 0}
 HOLDER = """
@@ -198,6 +214,85 @@ def test_a_folder_of_the_artifact_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RlsaeError, match=r"/file"):
         run(tmp_path / "file" / "reviews", work=tmp_path / "work")
+
+
+# --- a kill between publication and Snakemake's note of it -------------------------------------------------------
+
+
+@pytest.fixture
+def work(tmp_path):
+    """The work folder of `out` in a workflow."""
+    return tmp_path / "results" / WORK / "corpora" / "reviews"
+
+
+def refuse(*_):
+    raise AssertionError("the stage was made anew")
+
+
+def test_a_finished_stage_whose_outputs_were_deleted_puts_them_back_and_does_nothing_else(out, work):
+    run(out, work=work)
+    expected = {path.name: path.read_bytes() for path in out.iterdir()}
+    shutil.rmtree(out)  # as Snakemake does with outputs that it counts as incomplete
+    with pytest.raises(AlreadyFinished), Stage("corpora", out, SETTINGS, {}, work):
+        refuse()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+
+
+def test_the_command_line_takes_a_finished_stage_as_a_success(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").write_text("one\ntwo\nthree\nfour\nfive\nsix\n")
+    command = ["rlsae", "corpus", "--settings", '{"source": "file", "held_out": 0.5}', "--source", "texts.txt"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", "results/corpora/x", "--work", "results/.work/corpora/x"])
+    for _ in range(2):
+        with suppress(SystemExit):
+            main()
+    assert "corpora: was finished before; its outputs are in results/corpora/x again" in capsys.readouterr().err
+
+
+def test_no_byte_is_kept_twice(out, work):
+    run(out, work=work)
+    assert (out / "a.txt").samefile(work / "outputs" / "a.txt")
+
+
+def test_where_files_cannot_have_two_names_they_are_moved(out, work, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "Operation not permitted")))
+    run(out, work=work)
+    assert (out / "a.txt").read_text() == "content"
+    assert not work.exists()
+
+
+def test_what_was_kept_of_other_settings_is_never_put_back(out, work):
+    run(out, work=work, text="old")
+    run(out, {"seed": 1}, work=work, text="new")
+    assert (out / "a.txt").read_text() == "new"
+
+
+def test_what_was_kept_and_is_damaged_is_made_anew(out, work):
+    run(out, work=work)
+    (work / "outputs" / "a.txt").write_text("damaged")
+    run(out, work=work)
+    assert (out / "a.txt").read_text() == "content"
+    assert Manifest.read(out).outputs == {"a.txt": digest(out / "a.txt")}
+
+
+def test_a_stage_that_reads_an_artifact_ends_its_keeping(out, work):
+    run(out, work=work)
+    run(out.parents[1] / "tokens" / "x", inputs={"corpus": out})
+    assert not work.exists()
+    run(out, work=work, text="made anew")
+    assert (out / "a.txt").read_text() == "made anew"
+
+
+def test_the_end_of_a_run_ends_the_keeping_of_what_is_in_place(out, work):
+    run(out, work=work)
+    other = out.with_name("other")
+    run(other, work=work.with_name("other"))
+    (other / MANIFEST).unlink()
+    forget_all(out.parents[1])
+    assert not work.exists()
+    with pytest.raises(AlreadyFinished):
+        run(other, work=work.with_name("other"))
+    assert (other / "a.txt").read_text() == "content"
 
 
 # --- partial state -----------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from rlsae.config import ExternalDictionary, PretrainedModel
 from rlsae.errors import RlsaeError
 from rlsae.expand import parse_config
 from rlsae.heads import claim_results
-from rlsae.layout import SURVEY, Layout, kind_of, model_of, policy_folder, run_this_checkout, weights_folder
+from rlsae.layout import RESULTS, SURVEY, Layout, kind_of, model_of, policy_folder, run_this_checkout, weights_folder
 from rlsae.plants.trials import all_trials
+from rlsae.resumable import forget_all
 from rlsae.status import mark_reports
 
 run_this_checkout(workflow.basedir)
