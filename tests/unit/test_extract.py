@@ -15,7 +15,7 @@ from rlsae.activations.extract import join, mark
 from rlsae.activations.store import STORE, ActivationStore
 from rlsae.artifacts import MANIFEST, digest
 from rlsae.errors import RlsaeError
-from rlsae.resumable import OUTPUTS
+from rlsae.resumable import OUTPUTS, AlreadyFinished
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +128,21 @@ def test_a_part_that_was_killed_goes_on_with_its_missing_shards_and_ends_with_eq
     assert computed == [0, 64, 128, 192, 256]
     assert digest(killed.publish() / "store") == digest(whole / "store")
     assert (killed.out / MANIFEST).read_bytes() == (whole / MANIFEST).read_bytes()
+
+
+def test_a_finished_dump_that_was_deleted_as_incomplete_is_put_back_without_computing(new_dump, computed, tmp_path):
+    dump = new_dump()
+    dump.work = tmp_path / ".work" / "activations" / "mlp" / "survey"
+    expected = digest(dump.parts().publish())
+    stamps = [dump.stamp(number).read_bytes() for number in range(PARTS)]
+    shutil.rmtree(dump.out)
+    shutil.rmtree(dump.stamps)
+    computed.clear()
+    assert [dump.part(number).read_bytes() for number in range(PARTS)] == stamps
+    with pytest.raises(AlreadyFinished):
+        dump.publish()
+    assert digest(dump.out) == expected
+    assert computed == []
 
 
 @pytest.mark.parametrize("left", [lambda content: content[:9], lambda content: b""], ids=["half", "empty"])
