@@ -168,23 +168,27 @@ class Layout:
         return self.layer_source(layers.same_as) if isinstance(layers, SameAs) else study
 
     def static_layers(self, study: str) -> list[int] | None:
-        """The layers of a study where the configuration alone tells them; None where they must be measured.
-
-        Raises:
-            RlsaeError: the model is known to have fewer than are asked for.
-        """
-        source = self.layer_source(study)
-        entry = self.config.studies[source]
-        count = self.layer_count(entry.model)
-        if count is not None:
-            check_layers(f"studies.{source}.layers", self.divergence_settings(source)["layers"], count)
+        """The layers of a study where the configuration alone tells them; None where they must be measured."""
+        entry = self.config.studies[self.layer_source(study)]
         if isinstance(entry.layers, list):
             return sorted(set(entry.layers))
-        if count is None or (isinstance(entry.layers, Choice) and entry.layers.order in ("highest", "lowest")):
+        if isinstance(entry.layers, Choice) and entry.layers.order in ("highest", "lowest"):
+            return None
+        count = self.layer_count(entry.model)
+        if count is None:
             return None
         if not isinstance(entry.layers, Choice):
             return list(range(count))
         return positional_layers(entry.layers, count)
+
+    def check_layers(self) -> None:
+        """
+        Raises:
+            RlsaeError: a model of a path is not there, or has fewer layers than a study asks for.
+        """
+        for study, entry in self.config.studies.items():
+            if (count := self.layer_count(entry.model)) is not None:
+                check_layers(f"studies.{study}.layers", self.divergence_settings(study)["layers"], count)
 
     def layer_count(self, model: str) -> int | None:
         """Number of layers of a model where that is known before it is loaded."""

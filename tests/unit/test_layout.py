@@ -145,10 +145,12 @@ def test_layers_of_the_same_study_are_followed_to_their_end(raw):
 
 def test_more_layers_than_the_model_has_are_refused(raw):
     for order in ("first", "highest"):
+        raw["studies"]["main"]["layers"] = {"order": order, "count": 5}
         with pytest.raises(RlsaeError, match=r"studies\.main\.layers\.count: 5 layers are asked for, the model has 4"):
-            layers(raw, {"order": order, "count": 5})
+            layout(raw).check_layers()
+    raw["studies"]["main"]["layers"] = [1, 4]
     with pytest.raises(RlsaeError, match=r"studies\.main\.layers: layer 4 is asked for, the model has layers 0 to 3"):
-        layers(raw, [1, 4])
+        layout(raw).check_layers()
 
 
 def test_the_number_of_layers_of_a_hub_model_is_not_known_before_it_is_loaded(raw):

@@ -111,6 +111,7 @@ def test_more_layers_than_the_model_has_is_an_error_before_anything_runs(run):
     done = run.snakemake("--dry-run", "--", "all")
     assert done.returncode != 0
     assert "studies.main.layers.count: 9 layers are asked for, the model has 3" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_results_folder_that_cannot_be_written_is_an_error(tmp_path):

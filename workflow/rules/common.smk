@@ -24,9 +24,10 @@ from rlsae.status import mark_reports
 run_this_checkout(workflow.basedir)
 try:
     CONFIG = parse_config(config)
+    LAYOUT = Layout(CONFIG)
+    LAYOUT.check_layers()
 except RlsaeError as error:
     raise WorkflowError(f"The configuration is not valid.\n{error}") from None
-LAYOUT = Layout(CONFIG)
 
 
 def run_alone():
