@@ -220,10 +220,8 @@ class Layout:
         yield from {corpus.folder: corpus for corpus in [*trained_on, texts, prompts]}.values()
         files = self._files(model, "model")
         yield Artifact("models", base, self.model_settings(entry.model), [c.folder for c in trained_on], files)
-        files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
-        files |= self._files(self.config.llms[entry.llm], "llm") if entry.llm else {}
-        files |= self._files(entry.interpretation.probes, "triples") if entry.interpretation.probes else {}
-        files |= self._files(self.config.tunings[tuning], "tuned")
+        reward = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
+        files = reward | self._files(self.config.tunings[tuning], "tuned")
         yield Artifact("policies", tuned, self.policy_settings(tuning), [base, prompts.folder], files)
         yield Artifact("tokens", tokens, self.token_settings(entry.corpus), [base, texts.folder])
         surveys = [self._activations(entry, policy, SURVEY, tokens) for policy in policies]
@@ -232,10 +230,7 @@ class Layout:
         divergence, source = RESULTS / "divergence" / study, self.layer_source(study)
         inputs = [base, tuned, tokens, prompts.folder, *(survey.folder for survey in surveys)]
         inputs += [RESULTS / "divergence" / source] if source != study else []
-        files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
-        files |= self._files(self.config.llms[entry.llm], "llm") if entry.llm else {}
-        files |= self._files(entry.interpretation.probes, "triples") if entry.interpretation.probes else {}
-        yield Artifact("divergence", divergence, self.divergence_settings(study), inputs, files)
+        yield Artifact("divergence", divergence, self.divergence_settings(study), inputs, reward)
         layers = self.chosen_layers(study)
         if layers is None:
             return
@@ -252,8 +247,7 @@ class Layout:
         data = [artifact.folder for artifact in [*stores, *trained]]
         yield Artifact("comparison", comparison, self.comparison_settings(study), [tokens, *data])
         inputs = [comparison, base, tuned, prompts.folder, *data]
-        files = self._files(self.config.rewards[self.config.tunings[tuning].reward], "reward")
-        files |= self._files(self.config.llms[entry.llm], "llm") if entry.llm else {}
+        files = reward | (self._files(self.config.llms[entry.llm], "llm") if entry.llm else {})
         files |= self._files(entry.interpretation.probes, "triples") if entry.interpretation.probes else {}
         yield Artifact("interpretation", interpretation, self.interpretation_settings(study), inputs, files)
         inputs = [base, tuned, divergence, comparison, interpretation, *data]
