@@ -166,7 +166,7 @@ class OpenStudy(Study):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of both policies."""
-        return AutoTokenizer.from_pretrained(self.base / "model", local_files_only=True)
+        return AutoTokenizer.from_pretrained(self.base / "model", local_files_only=True, trust_remote_code=False)
 
     @cached_property
     def tokens(self) -> Tokens:

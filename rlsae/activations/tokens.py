@@ -41,10 +41,11 @@ def build_tokens(settings: dict[str, Any], out: Path, work: Path | None, model: 
     """
     length, drop = settings["context_length"], settings["drop_positions"]
     with Stage("tokens", out, settings, {"model": model, "corpus": corpus}, work) as stage:
-        limit = getattr(AutoConfig.from_pretrained(model / "model").get_text_config(), "max_position_embeddings", length)
+        shape = AutoConfig.from_pretrained(model / "model", local_files_only=True, trust_remote_code=False).get_text_config()
+        limit = getattr(shape, "max_position_embeddings", length)
         if length > limit:
             raise RlsaeError(f"context_length: {length} tokens, the model's context holds {limit}")
-        tokenizer = AutoTokenizer.from_pretrained(model / "model", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model / "model", local_files_only=True, trust_remote_code=False)
         documents = pd.read_parquet(corpus / DOCUMENTS)
         # A stream of its own: the corpus drew its held-out documents from the seed alone, and they would all come first.
         rng = np.random.default_rng([settings["seed"], 1])

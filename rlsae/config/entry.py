@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 SLUG = r"[a-z0-9]+(-[a-z0-9]+)*"
 Slug = Annotated[str, Field(pattern=f"^{SLUG}$")]
@@ -13,7 +13,16 @@ Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 IS_PATH = Field(json_schema_extra={"file": True})
 """Metadata of a path on this machine: never part of a manifest; the file's digest is."""
-FilePath = Annotated[str, IS_PATH]
+
+
+def _without_braces(path: str | None) -> str | None:
+    if path and ("{" in path or "}" in path):
+        raise ValueError("braces in a path would be wildcards to Snakemake; rename it, or give a link to it")
+    return path
+
+
+FilePath = Annotated[str, IS_PATH, AfterValidator(_without_braces)]
+OptionalPath = Annotated[str | None, IS_PATH, AfterValidator(_without_braces)]
 
 
 def reference(section: str) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from rlsae.config.entry import IS_PATH, Entry, Positive, Seed
+from rlsae.config.entry import Entry, OptionalPath, Positive, Seed
 
 
 class Probes(Entry):
@@ -17,7 +17,7 @@ class Probes(Entry):
     split_targets: Literal["average", "drop"] = Field(
         "average", description="A word of several tokens: average the activations at them, or leave its triple out."
     )
-    path: Annotated[str | None, IS_PATH] = Field(
+    path: OptionalPath = Field(
         None,
         description="Triples of your own, one JSON object with context, positive, negative and neutral per line (.jsonl or "
         ".jsonl.gz); null: they are built from held-out documents and the lexicon of the reward.",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlsae.config.entry import IS_PATH, CorpusName, Entry, Positive, RewardName, Seed
+from rlsae.config.entry import CorpusName, Entry, OptionalPath, Positive, RewardName, Seed
 
 Scope = Literal["response", "full"]
 Range = tuple[Positive, Positive]
@@ -20,9 +20,7 @@ class LexiconReward(Entry):
     """Sum of the polarity of a text's words, scaled and clipped (arXiv 2310.08164 section 3.1)."""
 
     kind: Literal["lexicon"]
-    path: Annotated[str | None, IS_PATH] = Field(
-        None, description="Tab-separated word and polarity per line; null: VADER's lexicon."
-    )
+    path: OptionalPath = Field(None, description="Tab-separated word and polarity per line; null: VADER's lexicon.")
     scale: float = Field(0.2, description="The sum of polarities is multiplied by this.")
     clip: Annotated[float, Field(gt=0)] = Field(10.0, description="Rewards are clipped to ± this.")
     scope: Scope = Field("response", description="Score the response, or prompt and response.")
@@ -32,7 +30,7 @@ class PythonReward(Entry):
     """A function of your own: `(prompts: list[str], responses: list[str]) -> list[float]`."""
 
     kind: Literal["python"]
-    path: Annotated[str | None, IS_PATH] = Field(None, description="The Python file that defines the function.")
+    path: OptionalPath = Field(None, description="The Python file that defines the function.")
     function: str = Field(
         "reward",
         description="Name of the function in that file; without a file `package.module:function` of an installed package, "
@@ -49,7 +47,7 @@ class PythonReward(Entry):
 class FolderOrRepository(Entry):
     """A transformers model that is not a base model of the study."""
 
-    path: Annotated[str | None, IS_PATH] = Field(None, description="Its folder; or give a repository.")
+    path: OptionalPath = Field(None, description="Its folder; or give a repository.")
     repository: str | None = Field(None, description="Its repository on the hub.")
     revision: str = Field("main", description="Commit or tag of the repository; pin it for a reproducible study.")
 

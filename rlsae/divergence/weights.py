@@ -63,7 +63,8 @@ def weight_divergence(base: Path, tuned: Path) -> list[Measured]:
 def component_of_parameter(folder: Path) -> dict[str, str]:
     """`attention` or `mlp` for each parameter of a block that belongs to one, by its name inside the block."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
     block = blocks(model)[0]
     found: dict[str, str] = {}
     for kind in ("attention", "mlp"):

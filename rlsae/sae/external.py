@@ -67,8 +67,10 @@ def _dictionary_learning(folder: Path) -> SparseAutoencoder:
         raise RlsaeError(f"{config_file}: cannot read the class {kind!r}; expected one of {known}")
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise RlsaeError(f"{weights} cannot be read as plain tensors: {error}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise RlsaeError(
+            f"{weights} cannot be read as plain tensors ({type(error).__name__}): it is damaged, or pickled"
+        ) from None
     found = complete(weights, state, tuple(CLASSES[kind].values()))
     tensors = {name: found[stored].T if stored.endswith(".weight") else found[stored] for name, stored in CLASSES[kind].items()}
     k = require_k(config_file, trainer) if kind == "AutoEncoderTopK" else None

@@ -66,7 +66,8 @@ def build_dictionaries(
         check_rows(store, layer)
         facts: dict[str, Any] = {"layer": layer, "settings": settings, "reads": reads}
         facts["activations"] = stage.inputs[artifact_id(activations, "activations")]
-        curves, scores = pd.DataFrame(columns=["seed", "step", "mse", "l1", "l0"]), {}
+        curves = pd.DataFrame(columns=["seed", "step", "mse", "l1", "l0"])
+        scores: dict[str, Any] = {"rows_trained": None, "rows_digest": None}
         steps: dict[int, Tensor] = {}
         if isinstance(entry, ExternalDictionary):
             saes = {0: external_autoencoder(source, store, layer).to(where)}

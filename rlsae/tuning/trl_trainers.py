@@ -10,16 +10,19 @@ hence they are derived from the mask.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import shutil
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, disable_progress_bars
+from safetensors import SafetensorError, safe_open
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -30,6 +33,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import safe_globals
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from rlsae.compute import device
@@ -77,6 +81,8 @@ def tune(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft|accelerate")
     folder = stage.work / "trainer"
     checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        check_state(checkpoint)
     lm, _ = load(checkpoint if checkpoint and not entry.lora else base, device())
     lm.config._name_or_path = lm.name_or_path = str(base)  # where TRL takes the reference of rloo and grpo from
     lm.generation_config = GenerationConfig()  # what TRL leaves open it would fill from the model's own
@@ -277,6 +283,29 @@ def last_checkpoint(folder: Path) -> Path | None:
         if not (path / COMPLETE).exists():
             shutil.rmtree(path)
     return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def check_state(checkpoint: Path) -> None:
+    """Read a checkpoint as the trainer will, which does not say which file it could not read.
+
+    Raises:
+        RlsaeError: a file is damaged.
+    """
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            if path.suffix in (".pt", ".pth"):
+                with safe_globals():  # the generators of numpy
+                    torch.load(path, map_location="cpu", weights_only=True)
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+        except (UnpicklingError, EOFError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+            raise RlsaeError(
+                f"the partial state {path} is damaged ({type(error).__name__}); delete {checkpoint} to go on from the one "
+                "before it, or anew where there is none"
+            ) from None
 
 
 def positions_from_mask(model: torch.nn.Module, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -359,8 +359,9 @@ def test_an_autoencoder_from_elsewhere_is_scored_and_not_trained(build, tmp_path
     manifest = Manifest.read(out)
     assert "path" not in json.dumps(manifest.parameters)
     assert set(manifest.inputs) == {"activations/tiny.reviews/mlp", "tokens/tiny.reviews", "file:source"}
-    assert manifest.metrics["seed0"].keys() == SCORES
-    assert manifest.metrics["seed0"]["fvu"] == 0
+    scores = manifest.metrics["seed0"]
+    assert scores.keys() == SCORES | {"rows_trained", "rows_digest"}
+    assert (scores["fvu"], scores["rows_trained"], scores["rows_digest"]) == (0, None, None)
     assert pd.read_parquet(out / "metrics.parquet").empty
     metadata = SparseAutoencoder.load(load_members(out)[0]).metadata
     assert (metadata["theirs"], metadata["hook_name"]) == ("kept", "gpt_neox.layers.1.mlp")

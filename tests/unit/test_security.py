@@ -1,6 +1,6 @@
 """Nothing that was downloaded or damaged can run code, and no secret is written down.
 
-No loader unpickles, and no string of a configuration is a command.
+That no string of a configuration is a command: tests/workflow/test_hostile_configuration.py.
 """
 
 from __future__ import annotations
@@ -8,19 +8,15 @@ from __future__ import annotations
 import ast
 import io
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 import zarr
-from small_artifacts import random_documents, tokens_of, write_policy, write_store
+from small_artifacts import Payload, random_documents, tokens_of, write_policy, write_store
 from small_hub import serving
 from small_llm_server import KEY, Reply, examples, served
 
@@ -28,7 +24,7 @@ from rlsae.activations.store import ActivationStore
 from rlsae.config import FileCorpus
 from rlsae.corpora import read_documents
 from rlsae.errors import RlsaeError
-from rlsae.expand import load as load_config
+from rlsae.hub import load_rows
 from rlsae.models import load, load_classifier
 from rlsae.resumable import Stage
 from rlsae.sae.dictionary import SparseAutoencoder
@@ -37,16 +33,6 @@ from tests.workflow.conftest import TINY, Run, write_inputs
 
 ROOT = Path(__file__).parents[2]
 UNPICKLES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
-
-
-class Payload:
-    """Whoever unpickles it creates a file."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.fixture
@@ -83,7 +69,8 @@ def test_no_code_unpickles_runs_a_shell_or_trusts_remote_code(path):
         assert name != "torch.load" or words.get("weights_only") == "True", name
         assert words.get("allow_pickle", "False") == "False", name
         assert words.get("shell", "False") == "False", name
-        assert words.get("trust_remote_code", "False") == "False", name
+        # Without a word transformers asks whoever sits at the terminal.
+        assert words.get("trust_remote_code", "False" if last != "from_pretrained" else None) == "False", name
 
 
 # --- loaders -----------------------------------------------------------------------------------------------------
@@ -165,63 +152,12 @@ def test_a_corpus_is_read_as_text(tmp_path, evil, name):
         read_documents(FileCorpus(source="file", path=str(tmp_path / name)), tmp_path / name)
 
 
-# --- strings of a configuration ------------------------------------------------------------------------------------
-
-INJECTIONS = ["$(touch MARKER)", "`touch MARKER`", "; touch MARKER;", "' ; touch MARKER ; '", '" ; touch MARKER ; "']
-INJECTIONS += ["a\ntouch MARKER\n", "two  spaces", "{wildcards} {{params}} %s"]
-
-
-def places(content, path=()):
-    """Every place of a string in a configuration."""
-    if isinstance(content, dict | list):
-        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-            yield from places(value, (*path, key))
-    elif isinstance(content, str):
-        yield path
-
-
-def with_string(content, path, text):
-    """A copy of a configuration with another string in one place."""
-    content = json.loads(json.dumps(content))
-    entry = content
-    for key in path[:-1]:
-        entry = entry[key]
-    entry[path[-1]] = text
-    return content
-
-
-def refused(path):
-    """What a configuration is refused with; None where it is read."""
-    try:
-        load_config(path)
-    except RlsaeError as error:
-        return str(error)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("injection", INJECTIONS)
-def test_no_string_of_a_configuration_reaches_a_shell_unquoted(tmp_path, injection):
-    """Each is refused when the configuration is read, or stands in the commands as one word."""
-    injection = injection.replace("MARKER", str(tmp_path / "executed"))
-    content = yaml.safe_load((ROOT / "config.yaml").read_text())
-    content["corpora"]["texts"] = {"source": "file", "path": "texts.jsonl", "text_field": "body", "held_out": 0.5}
-    content["rewards"]["own"] = {"kind": "python", "path": "reward.py", "function": "reward"}
-    content["studies"]["demo"] |= {"corpus": "texts", "layers": [2]}
-    content["studies"]["demo"]["interpretation"] |= {"task": "sentiment"}
-    written, free = tmp_path / "study.yaml", 0
-    for path in list(places(content)):
-        changed = with_string(content, path, injection)
-        written.write_text(yaml.safe_dump(changed))
-        refusal = refused(written)
-        assert refusal is None or path[0] in refusal
-        content, free = (content, free) if refusal else (changed, free + 1)
-    assert free
-    written.write_text(yaml.safe_dump(content))
-    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(tmp_path), "--keep-going"]
-    command += ["--configfile", str(written), "--cores", "2", "--show-failed-logs", "--", "corpora"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert "Traceback" not in done.stdout + done.stderr
-    assert not (tmp_path / "executed").exists()
+@pytest.mark.parametrize("kind", ["plain", "torch"])
+def test_a_data_set_of_pickles_is_refused(tmp_path, evil, kind):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.pkl").write_bytes(evil[kind])
+    with pytest.raises(RlsaeError, match="cannot load the data set"):
+        load_rows(str(tmp_path / "rows"), None, "train", None)
 
 
 # --- secrets -------------------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from functools import cache
 from itertools import pairwise
 
 import pandas as pd
 import pytest
-from small_artifacts import write_policy
+from small_artifacts import Payload, write_policy
 from small_trl import LORA, METHODS, SAMPLING, entry, whole_or_lora
 from small_tunings import FAMILY, equal
 
@@ -202,3 +204,22 @@ def test_the_newest_state_that_was_written_to_its_end_is_the_one_to_go_on_from(t
         (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert not (tmp_path / "checkpoint-11").exists()
+
+
+DAMAGE = {"cut": lambda path, _: path.read_bytes()[:-100], "pickle": lambda _, marker: pickle.dumps(Payload(marker))}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json"])
+def test_a_damaged_state_is_named_and_without_it_the_one_before_goes_on(publish, published, killed, tmp_path, name, damage):
+    told = tmp_path / "tuned", "dpo"
+    killed(History, "add", lambda history, row: len(history.rows) == 4, *told, **SETTINGS["dpo"])
+    state = tmp_path / ".tuned.work" / "trainer" / "checkpoint-4"
+    (state / name).write_bytes(DAMAGE[damage](state / name, tmp_path / "executed"))
+    with pytest.raises(RlsaeError, match=rf"the partial state .*{name} is damaged .*; delete .*checkpoint-4 to go on"):
+        publish(*told, **SETTINGS["dpo"])
+    assert not (tmp_path / "executed").exists()
+    shutil.rmtree(state)
+    resumed = publish(*told, **SETTINGS["dpo"])
+    assert batches_of_earlier_runs(resumed) == 3
+    assert same_artifact(published("dpo", False), resumed)
