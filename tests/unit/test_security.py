@@ -160,6 +160,14 @@ def test_a_data_set_of_pickles_is_refused(tmp_path, evil, kind):
         load_rows(str(tmp_path / "rows"), None, "train", None)
 
 
+def test_a_data_set_with_a_loading_script_is_refused(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "rows.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\n")
+    with pytest.raises(RlsaeError, match="cannot load the data set"):
+        load_rows(str(tmp_path / "rows"), None, "train", None)
+    assert not (tmp_path / "executed").exists()
+
+
 # --- secrets -------------------------------------------------------------------------------------------------------
 
 TOKEN = "hf_verySecretToken0123456789"
