@@ -1,7 +1,8 @@
 """Kill a whole workflow at random moments until it has finished, again and again: `python -m tests.faults.random_kills`.
 
 Each life of a run is ended by SIGKILL, of all its processes or of Snakemake alone, whose jobs then run on and meet the next
-life. In the end the manifests must be those of a run that nobody disturbed. Prints the table of docs/faults.md.
+life. Rules that no kill has met yet are waited for, so that each is met. In the end the manifests must be those of a run that
+nobody disturbed. Prints the table of docs/faults.md.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ LONGER = {
 """More work in each stage than the tests of the workflow have, so that kills meet them at work."""
 SHORTEST, LONGEST = 3.0, 0.25
 """Seconds of the shortest life, as the first job starts after some two, and share of an undisturbed run of the longest."""
+SOON = 2.0
+"""Seconds, at most, from the start of a job of a rule that no kill has met yet to its kill."""
 ALONE = 0.2
 """Share of the kills that hit Snakemake alone."""
 STARTED = re.compile(r"^(?:local)?(?:rule|checkpoint) (\w+):(?:.*\n)+?    jobid: (\d+)", re.MULTILINE)
@@ -115,9 +118,8 @@ def live_and_die(run: Path, longest: float, rng: random.Random, report: Report) 
             process = subprocess.Popen(
                 command(run), stdout=output, stderr=subprocess.STDOUT, env=environment(), cwd=run, start_new_session=True
             )
-            try:
-                code = process.wait(rng.uniform(SHORTEST, longest))
-            except subprocess.TimeoutExpired:
+            wait_for_the_moment(process, log, longest, rng, report)
+            if (code := process.poll()) is None:
                 alone = rng.random() < ALONE
                 (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
                 process.wait()
@@ -132,6 +134,17 @@ def live_and_die(run: Path, longest: float, rng: random.Random, report: Report) 
             time.sleep(1)
             continue
         return said[-2000:]
+
+
+def wait_for_the_moment(
+    process: subprocess.Popen[bytes], log: Path, longest: float, rng: random.Random, report: Report
+) -> None:
+    """Wait for a random time; a shorter one where a rule is at work that no kill has met yet, or where the run ends."""
+    end, met = time.monotonic() + rng.uniform(SHORTEST, longest), set(report.by_rule)
+    while process.poll() is None and time.monotonic() < end:
+        if unmet := set(running(log.read_text())) - met:
+            end, met = min(end, time.monotonic() + rng.uniform(0, SOON)), met | unmet
+        time.sleep(0.05)
 
 
 def running(log: str) -> list[str]:

@@ -1,8 +1,8 @@
 """The same on a real Slurm: `python -m tests.faults.random_kills_slurm`, with the cluster of tests/slurm/.
 
 A kill hits Snakemake alone, whose jobs run on in Slurm, are cancelled with `rlsae orphans --cancel` or waited for, and the same
-command goes on; or the process of one stage on its node, whose job Snakemake submits again. Expected are the manifests of a
-local run that nobody disturbed.
+command goes on; or the process of one stage on its node, whose job Snakemake submits again: of the stages at work the one that
+was killed least. Expected are the manifests of a local run that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 
 import psutil
 
-from tests.faults.random_kills import SHORTEST, Report, command, environment, kill_at_random, kills_and_seed, tell
+from tests.faults.random_kills import SHORTEST, SOON, Report, command, environment, kill_at_random, kills_and_seed, tell
 from tests.slurm.cluster import Cluster, cannot_install
 from tests.slurm.conftest import PROFILE, THREADS
 
 HEADS = 0.4
 """Share of the kills that hit Snakemake."""
 AT_WORK = 8.0
-"""Seconds from the sight of a stage to its kill, at most; importing torch takes the first two."""
+"""Seconds from the sight of a stage to its kill, at most; importing torch takes the first two. The first kill comes `SOON`."""
 RETRIES = 2
 """Of the profile: a job that was killed more often ends the run, and the same command goes on."""
 STAGE = re.compile(r"-m rlsae (\S+)")
@@ -64,7 +64,7 @@ def live_and_die(cluster: Cluster, run: Path, longest: float, rng: random.Random
                 if rng.random() < HEADS:
                     report.by_rule["(Snakemake)"] += 1
                     head.kill()
-                elif stage := kill_a_stage(run, rng, head):
+                elif stage := kill_a_stage(run, rng, head, report):
                     report.by_rule[stage] += 1
                 else:
                     break
@@ -86,27 +86,27 @@ def through_slurm() -> list[str]:
     return [*arguments, "--slurm-init-seconds-before-status-checks", "1"]
 
 
-def kill_a_stage(run: Path, rng: random.Random, head: subprocess.Popen[bytes]) -> str:
+def kill_a_stage(run: Path, rng: random.Random, head: subprocess.Popen[bytes], report: Report) -> str:
     """Kill the process of a stage some time after it was first seen; returns its verb, or nothing where the run ends before."""
     while head.poll() is None:
         if found := stages(run):
-            process = rng.choice(found)
-            time.sleep(rng.uniform(0, AT_WORK))
+            process, stage = min(found, key=lambda of: report.by_rule[of[1]])
+            time.sleep(rng.uniform(0, AT_WORK if report.by_rule[stage] else SOON))
             with suppress(psutil.Error):
-                if stage := STAGE.search(" ".join(process.cmdline())):
-                    process.kill()
-                    return stage[1]
+                process.kill()
+                return stage
         time.sleep(0.1)
     return ""
 
 
-def stages(run: Path) -> list[psutil.Process]:
-    """The processes of stages that work in a folder."""
+def stages(run: Path) -> list[tuple[psutil.Process, str]]:
+    """The processes of stages that work in a folder, each with its verb."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.cwd() == str(run) and process.name().startswith("python") and STAGE.search(" ".join(process.cmdline())):
-                found.append(process)
+            stage = STAGE.search(" ".join(process.cmdline()))
+            if stage and process.cwd() == str(run) and process.name().startswith("python"):
+                found.append((process, stage[1]))
     return found
 
 
