@@ -75,6 +75,18 @@ def test_a_disk_that_cannot_be_written_is_told(finished, tmp_path, verb):
         assert "Traceback" not in failed.stderr
 
 
+def test_a_results_folder_that_cannot_be_written_is_told_before_anything_runs(run):
+    shutil.rmtree(run.workdir / "results")
+    with small_disk(run.workdir / "results", "1m") as resize:
+        resize("ro")
+        refused = run.snakemake()
+        assert refused.returncode == 1
+        said = refused.stdout + refused.stderr
+        assert "cannot write results: Read-only file system" in said
+        assert "Traceback" not in said
+        assert "Error in rule" not in said
+
+
 @pytest.mark.parametrize("artifact", ARTIFACTS)
 def test_a_damaged_artifact_is_named_and_made_again_as_it_was(run, artifact):
     (folder,) = run.workdir.glob(f"results/{artifact}")
