@@ -195,9 +195,12 @@ class Layout:
         entry = self.config.models[model]
         if isinstance(entry, PretrainedModel):
             return entry.layers
-        if isinstance(entry, LocalModel):
+        if not isinstance(entry, LocalModel):
+            return None
+        try:
             return folder_layer_count(Path(entry.path))
-        return None
+        except RlsaeError as error:
+            raise RlsaeError(f"models.{model}.path: {error}") from None
 
     def chosen_layers(self, study: str) -> list[int] | None:
         """The layers of a study, from the configuration or from `chosen.json`; None while they are not chosen."""

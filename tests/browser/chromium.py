@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.debian import cannot_install
+
 OFF_THE_NETWORK = ["--no-sandbox", "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND"]
 
 
@@ -36,15 +38,19 @@ class Visit:
         return self.page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
+def installed() -> str | None:
+    """Path of a Chromium."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 @contextmanager
 def chromium():
-    """A tab of the system's Chromium; skips the test where there is none."""
+    """A tab of the system's Chromium, which is installed where that can be done; else the test is skipped."""
     playwright = pytest.importorskip("playwright.sync_api", reason="nothing drives a browser here (make drivers)")
-    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if executable is None:
-        pytest.skip("there is no Chromium here (Debian: apt-get install chromium)")
+    if not (executable := installed()) and (reason := cannot_install(["chromium"], ["chromium"])):
+        pytest.skip(reason)
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=executable, args=OFF_THE_NETWORK)
+        browser = started.chromium.launch(executable_path=executable or installed(), args=OFF_THE_NETWORK)
         visit = Visit(browser.new_page())
         visit.page.on("console", lambda message: visit.complaints.append(f"{message.type}: {message.text}"))
         visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))

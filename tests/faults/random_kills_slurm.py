@@ -57,11 +57,8 @@ def live_and_die(cluster: Cluster, run: Path, longest: float, rng: random.Random
         log, killed = run / "log.txt", 0
         with log.open("w") as output:
             head = subprocess.Popen([*command(run), *through_slurm()], stdout=output, stderr=output, env=settings, cwd=run)
-            while head.poll() is None:
-                with suppress(subprocess.TimeoutExpired):
-                    head.wait(rng.uniform(SHORTEST, longest))
-                    break
-                if rng.random() < HEADS:
+            while not ended_within(rng.uniform(SHORTEST, longest), head, run, report):
+                if rng.random() < HEADS and not unmet(run, report):
                     report.by_rule["(Snakemake)"] += 1
                     head.kill()
                 elif stage := kill_a_stage(run, rng, head, report):
@@ -84,6 +81,19 @@ def live_and_die(cluster: Cluster, run: Path, longest: float, rng: random.Random
 def through_slurm() -> list[str]:
     arguments = ["--workflow-profile", str(PROFILE), "--set-threads", *THREADS, "--latency-wait", "5"]
     return [*arguments, "--slurm-init-seconds-before-status-checks", "1"]
+
+
+def ended_within(seconds: float, head: subprocess.Popen[bytes], run: Path, report: Report) -> bool:
+    """Wait so long, or until a stage is at work that no kill has met yet; whether the run has ended."""
+    end = time.monotonic() + seconds
+    while head.poll() is None and time.monotonic() < end and not unmet(run, report):
+        time.sleep(0.1)
+    return head.poll() is not None
+
+
+def unmet(run: Path, report: Report) -> bool:
+    """Whether a stage is at work that no kill has met yet."""
+    return any(stage not in report.by_rule for _, stage in stages(run))
 
 
 def kill_a_stage(run: Path, rng: random.Random, head: subprocess.Popen[bytes], report: Report) -> str:

@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import debian
+
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge"]
 PROGRAMS = ["slurmctld", "slurmd", "sbatch", "srun", "squeue", "munged"]
 GPUS = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random"]
@@ -22,17 +24,8 @@ NAME = "test-node"
 
 
 def cannot_install() -> str | None:
-    """Install Debian's packages where they are missing; the reason where that cannot be done."""
-    if all(map(shutil.which, PROGRAMS)):
-        return None
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        return f"Slurm is not installed ({', '.join(PACKAGES)}), and installing it takes root and apt-get"
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update"], ["apt-get", "install", "--yes", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            return f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}"
-    return None
+    """Install Slurm where it is missing; the reason where that cannot be done."""
+    return debian.cannot_install(PROGRAMS, PACKAGES)
 
 
 @dataclass

@@ -10,18 +10,21 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import yaml
 
 from tests.browser.chromium import chromium
 from tests.browser.overview import expected_numbers
 from tests.workflow.conftest import REPOSITORY, clean_environment
 
 pytestmark = pytest.mark.slow
+THREADS = ["dictionary=1", "activation_part=1", "compare=1"]
+"""As in `make demo`."""
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    done = snakemake(folder, "--set-threads", "dictionary=1", "activation_part=1", "compare=1", "--show-failed-logs")
+    done = snakemake(folder, "--set-threads", *THREADS, "--show-failed-logs")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -56,11 +59,20 @@ def test_explanations_tell_firing_rows_from_others_on_held_out_documents(demo):
 
 
 def test_the_latents_that_raise_the_reward_carry_it(demo):
-    ablations = pd.read_parquet(demo / "results/interpretation/demo/ablations.parquet")
+    """On 128 prompts: the demo's own 24 are quick, and tell too little to be asked on every machine."""
+    content = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
+    asked = {"latents": 2, "interventions": {"prompts": 128, "random_sets": 9, "gains": [2]}, "probes": None}
+    study = content["studies"]["demo"] | {"dictionaries": ["small"], "sizes": None, "interpretation": asked}
+    study["layers"] = json.loads((demo / "results/divergence/demo/chosen.json").read_text())["layers"]
+    (demo / "asked.yaml").write_text(yaml.safe_dump(content | {"studies": {"asked": study}}))
+    target = "results/interpretation/asked/manifest.json"
+    done = snakemake(demo, "--configfile", "asked.yaml", "--set-threads", *THREADS, "--show-failed-logs", "--", target)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ablations = pd.read_parquet(demo / "results/interpretation/asked/ablations.parquet")
     reward = ablations[(ablations.policy == "tuned") & (ablations.set == "reward")]
-    assert len(reward) == 4
+    assert len(reward) == 2
     assert (reward.reward_change < 0).all()
-    assert (reward.random_quantile >= 0.95).sum() >= 3
+    assert (reward.random_quantile == 1).all()
 
 
 def test_everything_is_current_and_a_second_run_does_nothing(demo):

@@ -42,7 +42,7 @@ def fresh(finished, tmp_path_factory) -> Run:
         ("corpora.texts.held_out", 1.5, "corpora.texts.held_out: input should be less than 1, found 1.5"),
         ("corpora.texts.path", "${RLSAE_NOWHERE}/x.jsonl", "the environment variable RLSAE_NOWHERE is not set"),
         ("corpora.texts.path", "inputs/absent.jsonl", "inputs/absent.jsonl"),
-        ("models.local.path", "inputs/absent-model", "inputs/absent-model"),
+        ("models.local.path", "inputs/absent-model", "models.local.path: inputs/absent-model is no transformers model"),
         ("studies.main.tuning", "dpo", "studies.main.tuning: no entry 'dpo' in tunings"),
         ("studies.Main", TINY["studies"]["main"], "'Main' is no slug"),
         ("dictionaries.small-l1-0p1", {"l1": 0.1}, None),
