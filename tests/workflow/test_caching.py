@@ -102,7 +102,7 @@ def test_the_source_file_of_a_python_reward_is_an_input(run):
 
 
 def test_every_file_of_a_local_model_folder_is_an_input(run):
-    touch(run.workdir / "inputs/model/config.json", "{}")
+    touch(run.workdir / "inputs/model/generation_config.json", "{}")
     assert set(run.planned(target="policies", config="other.yaml")) == {"model", "tune"}
 
 
