@@ -137,12 +137,7 @@ def load_rows(dataset: str, subset: str | None, split: str, revision: str | None
 
     try:
         return datasets.load_dataset(dataset, subset, split=split, revision=revision)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        datasets.exceptions.DatasetsError,
-    ) as error:  # the third: it has a loading script
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a loading script
         if Path(dataset).exists():
             raise RlsaeError(f"cannot load the data set {dataset} (split {split}): {error}") from None
         raise unreachable("data set", f"{dataset} (split {split})", revision, error) from None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from rlsae.config.entry import IS_PATH, Entry, Positive, Seed, Share, Slug, reference
+from rlsae.config.entry import IS_PATH, Entry, Positive, Seed, Share, Slug, reference, without_braces
 
 CROSSCODERS = ("relu", "topk", "batchtopk")
 """Architectures that can read the rows of two models side by side."""
@@ -175,7 +175,7 @@ class ExternalDictionary(Entry):
     @classmethod
     def _placeholders_are_known(cls, path: str) -> str:
         try:
-            path.format(layer=0, policy="")
+            without_braces(path.format(layer=0, policy=""))
         except (KeyError, IndexError, ValueError):
             raise ValueError("only {layer} and {policy} may stand in braces") from None
         return path

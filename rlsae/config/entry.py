@@ -15,14 +15,19 @@ IS_PATH = Field(json_schema_extra={"file": True})
 """Metadata of a path on this machine: never part of a manifest; the file's digest is."""
 
 
-def _without_braces(path: str | None) -> str | None:
+def without_braces(path: str | None) -> str | None:
+    """A path as it is.
+
+    Raises:
+        ValueError: it holds braces.
+    """
     if path and ("{" in path or "}" in path):
         raise ValueError("braces in a path would be wildcards to Snakemake; rename it, or give a link to it")
     return path
 
 
-FilePath = Annotated[str, IS_PATH, AfterValidator(_without_braces)]
-OptionalPath = Annotated[str | None, IS_PATH, AfterValidator(_without_braces)]
+FilePath = Annotated[str, IS_PATH, AfterValidator(without_braces)]
+OptionalPath = Annotated[str | None, IS_PATH, AfterValidator(without_braces)]
 
 
 def reference(section: str) -> Any:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlsae.config import Entry
+from rlsae.config import Entry, Interpretation, InterpretationJob, OpenAiLlm
 from rlsae.errors import RlsaeError
 from rlsae.expand import parse_config
 from rlsae.sae.dictionary import SparseAutoencoder
@@ -99,9 +99,20 @@ def admits(field: FieldInfo, value: str) -> bool:
 
 def test_every_string_that_is_free_is_hostile_in_this_configuration():
     found = entries(parse_config(copy.deepcopy(CONFIG)))
-    hostile = {name for entry in found for name in type(entry).model_fields if TOUCH in str(getattr(entry, name))}
-    free = {name for kind in kinds(Entry) for name, field in kind.model_fields.items() if admits(field, HOSTILE)}
-    assert free - {"key_variable"} <= hostile
+    hostile = {
+        (type(entry), name) for entry in found for name in type(entry).model_fields if TOUCH in str(getattr(entry, name))
+    }
+    written = kinds(Entry) - {InterpretationJob} | {Interpretation}
+    free = {(kind, name) for kind in written for name, field in kind.model_fields.items() if admits(field, HOSTILE)}
+    assert free - {(OpenAiLlm, "key_variable")} <= hostile
+
+
+@pytest.mark.parametrize("path", ["inputs/{{x}}", "inputs/{x}", "inputs/{"])
+def test_braces_in_the_path_of_an_autoencoder_name_its_layer_and_policy_or_nothing(path):
+    content = copy.deepcopy(CONFIG)
+    content["dictionaries"]["elsewhere"]["path"] = path
+    with pytest.raises(RlsaeError, match=r"only \{layer\} and \{policy\} may stand in braces"):
+        parse_config(content)
 
 
 def strings(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
